@@ -1,0 +1,147 @@
+"""Who attends to whom: packed sequences in training, a KV cache in sampling. Each fast path has a slow twin.
+
+The slow twins (`packed`, `cached_slow`) are the definition: one sequence at a time through torch's own attention.
+`cached` must give a token the same bits whatever else is in the step: matmul, softmax, matmul with the query rows of a
+key/value head padded to a multiple of 4 and the key length to a multiple of 64, since CPU libraries compute other bits
+for other shapes.
+
+T packed tokens · H query heads · K key/value heads · G query heads per key/value head · D head dim · P key positions
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from thor.cache import KEY_BLOCK, KVCache, round_up
+from thor.model import Attend
+
+QUERY_BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """`count` new tokens of the sequence in `slot`, whose first one stands at position `start`."""
+
+    slot: int
+    start: int
+    count: int
+
+
+def packed(lengths: list[int]) -> Attend:
+    """Causal attention within each of the sequences that lie one after another in the stream."""
+
+    def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        parts = zip(q_THD.split(lengths), k_TKD.split(lengths), v_TKD.split(lengths), strict=True)
+        return torch.cat([_causal(q, k, v) for q, k, v in parts])
+
+    return attend
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain causal attention of one sequence: q [n, H, D], k and v [n, K, D] -> [n, H, D]."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def cached_slow(cache: KVCache, rows: list[Row]) -> Attend:
+    """Slow twin of `cached`: store the new keys and values, then one row at a time through torch's attention."""
+
+    def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        out, token = torch.zeros_like(q_THD), 0
+        for row in rows:
+            tokens, end = slice(token, token + row.count), row.start + row.count
+            positions = torch.arange(row.start, end, device=q_THD.device)
+            cache.write(layer, torch.full_like(positions, row.slot), positions, k_TKD[tokens], v_TKD[tokens])
+            heads = slice(row.slot * cache.num_kv_heads, (row.slot + 1) * cache.num_kv_heads)
+            visible = torch.arange(end, device=q_THD.device)[None, :] <= positions[:, None]
+            out[tokens] = F.scaled_dot_product_attention(
+                q_THD[tokens].transpose(0, 1)[None], cache.keys[layer, heads, :end][None],
+                cache.values[layer, heads, :end][None], attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
+            token += row.count
+        return out
+
+    return attend
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that one product computes: `num_slots` neighbouring slots with `count` new tokens each."""
+
+    tokens: slice
+    heads: slice
+    num_slots: int
+    count: int
+    num_keys: int
+    bias: Tensor  # [num_slots, 1 or query rows, P]: 0 where visible, -inf where not
+
+
+def cached(cache: KVCache, rows: list[Row], num_heads: int) -> Attend:
+    """Attention over a cache for one step; the stream is `rows` in order of slot, then padding up to any length.
+
+    Single tokens in neighbouring slots share one product over a view of the cache; a row with several new tokens (a
+    prompt, an observation) is a product of its own. Padding tokens get zeros.
+    """
+    device = cache.keys.device
+    slots = torch.tensor([row.slot for row in rows for _ in range(row.count)], device=device)
+    positions = torch.tensor([row.start + i for row in rows for i in range(row.count)], device=device)
+    group = num_heads // cache.num_kv_heads
+    pieces = [_piece(cache, run, token, group) for token, run in _runs(rows)]
+
+    def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+        cache.write(layer, slots, positions, k_TKD[: len(slots)], v_TKD[: len(slots)])
+        q_THD = q_THD * q_THD.shape[-1] ** -0.5
+        out = torch.zeros_like(q_THD)
+        for piece in pieces:
+            keys = cache.keys[layer, piece.heads, : piece.num_keys]
+            values = cache.values[layer, piece.heads, : piece.num_keys]
+            out[piece.tokens] = _mix(q_THD[piece.tokens], keys, values, piece, group)
+        return out
+
+    return attend
+
+
+def _runs(rows: list[Row]) -> list[tuple[int, list[Row]]]:
+    """Rows cut into (first token, run): single-token rows in neighbouring slots run together."""
+    runs: list[tuple[int, list[Row]]] = []
+    token = 0
+    for row in rows:
+        last = runs[-1][1][-1] if runs else None
+        if last and last.count == row.count == 1 and last.slot + 1 == row.slot:
+            runs[-1][1].append(row)
+        else:
+            runs.append((token, [row]))
+        token += row.count
+    return runs
+
+
+def _piece(cache: KVCache, run: list[Row], token: int, group: int) -> _Piece:
+    first, count, heads = run[0], run[0].count, cache.num_kv_heads
+    num_keys = round_up(max(row.start + row.count for row in run), KEY_BLOCK)
+    device = cache.keys.device
+    starts = torch.tensor([row.start for row in run], device=device)
+    # Query rows of a head come token by token, G heads each; a single token's rows all see the same keys.
+    offsets = torch.arange(count, device=device).repeat_interleave(group if count > 1 else 1)
+    last_seen = starts[:, None] + offsets  # [num_slots, query rows]
+    hidden = torch.arange(num_keys, device=device) > last_seen[..., None]
+    bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+    missing = -(count * group) % QUERY_BLOCK if count > 1 else 0
+    bias = F.pad(bias, (0, 0, 0, missing)).to(cache.keys.dtype)
+    bias = bias.repeat_interleave(heads, dim=0)  # [num_slots * K, ...], the order of the cache
+    slots = slice(first.slot * heads, (first.slot + len(run)) * heads)
+    return _Piece(slice(token, token + len(run) * count), slots, len(run), count, num_keys, bias)
+
+
+def _mix(q_THD: Tensor, keys: Tensor, values: Tensor, piece: _Piece, group: int) -> Tensor:
+    """softmax(q kᵀ) v for one piece. q [num_slots * count, H, D]; keys and values [num_slots * K, P, D]."""
+    head_dim = q_THD.shape[-1]
+    q = q_THD.view(piece.num_slots, piece.count, -1, group, head_dim).transpose(1, 2)  # [slots, K, count, G, D]
+    q = q.reshape(keys.shape[0], piece.count * group, head_dim)
+    rows = q.shape[1]
+    q = F.pad(q, (0, 0, 0, -rows % QUERY_BLOCK))
+    scores = torch.baddbmm(piece.bias, q, keys.transpose(1, 2))
+    probs = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    mixed = torch.bmm(probs, values)[:, :rows]
+    mixed = mixed.view(piece.num_slots, -1, piece.count, group, head_dim).transpose(1, 2)
+    return mixed.reshape(q_THD.shape)

@@ -1,0 +1,265 @@
+"""Continuous batching: any number of sequences ask for tokens, and every step feeds all of them at once.
+
+There is no prefill path and no decode path. A step gives each waiting sequence the tokens its cache has not seen (a new
+prompt, an observation, what follows a backtrack, an evicted sequence, or just the last sampled token) and samples one
+token where that was all. Invariants: `cached` tokens of a sequence are in its slot and equal a plain forward's; a
+sequence with a token to sample has at least one token its cache has not seen; a sequence's tokens do not depend on who
+else is in the step (on a CPU bit for bit, see `exact`).
+"""
+
+import asyncio
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from thor.attention import Row, cached
+from thor.cache import KVCache, round_up
+from thor.model import Decoder
+from thor.sampling import Sampling, sample_tokens, uniform
+
+# CPU libraries give a row the same bits in any batch only if the number of rows is a multiple of this.
+ROW_BLOCK = 8
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Token ids with the log-probs of the sampled ones (None for prompt and observation), and how far they are cached.
+
+    `family` holds the sequences forked from one another: whoever of them needs a prefix copies it from a relative.
+    """
+
+    ids: list[int]
+    key: bytes
+    logprobs: list[float | None]
+    family: list["Sequence"]
+    slot: int | None = None
+    cached: int = 0
+    last_step: int = 0
+
+
+@dataclass
+class Counts:
+    """What the engine did, in tokens unless the name says otherwise."""
+
+    steps: int = 0
+    fed: int = 0
+    sampled: int = 0
+    copied: int = 0
+    evictions: int = 0
+    evicted: int = 0
+
+
+@dataclass
+class _Request:
+    """A coroutine that waits until its sequence has `limit` tokens, an EOS, or `stop(token)` says so."""
+
+    sequence: Sequence
+    sampling: Sampling
+    limit: int
+    stop: Callable[[int], bool] | None
+    future: asyncio.Future = field(repr=False)
+
+    @property
+    def unseen(self) -> int:
+        return len(self.sequence.ids) - self.sequence.cached
+
+
+class Engine:
+    """Sampler over one model. `num_slots` sequences are in memory at once; the rest wait or are recomputed.
+
+    `exact` pads every step to a multiple of 8 rows, which makes a token independent of its batch mates on a CPU.
+    `chunk_tokens` is the most one sequence is fed in a step, so that a long prompt does not stall the others.
+    """
+
+    def __init__(self, model: Decoder, eos_ids: set[int], num_slots: int, max_tokens: int, exact: bool = True,
+                 chunk_tokens: int = 512):
+        weight = model.head_weight
+        self.model, self.eos_ids, self.max_tokens = model, frozenset(eos_ids), max_tokens
+        self.cache = KVCache(model.config, num_slots, max_tokens, weight.dtype, weight.device)
+        self.device, self.exact, self.chunk_tokens = weight.device, exact, chunk_tokens
+        self.counts = Counts()
+        self._requests: list[_Request] = []
+        self._holders: list[Sequence] = []  # sequences with a slot, least recently used first
+        self._driver: asyncio.Task | None = None
+
+    def new(self, ids: list[int], key: bytes) -> Sequence:
+        """A sequence that starts with `ids` (at least one, at most `max_tokens`) and draws its noise from `key`."""
+        if not 0 < len(ids) <= self.max_tokens:
+            raise ValueError(f"a sequence of {len(ids)} tokens does not fit the context of {self.max_tokens}")
+        sequence = Sequence(list(ids), key, [None] * len(ids), [])
+        sequence.family.append(sequence)
+        return sequence
+
+    def fork(self, sequence: Sequence, key: bytes) -> Sequence:
+        """A copy with noise of its own. Its cache is copied from the family when it is first fed, not now."""
+        child = Sequence(list(sequence.ids), key, list(sequence.logprobs), sequence.family)
+        sequence.family.append(child)
+        return child
+
+    def truncate(self, sequence: Sequence, length: int, key: bytes) -> None:
+        """Forget everything after the first `length` tokens; `key` gives what comes next fresh noise."""
+        assert 0 < length <= len(sequence.ids), f"cannot cut {len(sequence.ids)} tokens to {length}"
+        del sequence.ids[length:], sequence.logprobs[length:]
+        sequence.cached, sequence.key = min(sequence.cached, length), key
+
+    def append(self, sequence: Sequence, ids: list[int]) -> None:
+        """Add tokens that were not sampled: an observation. They are fed in one pass with the next token."""
+        sequence.ids += ids
+        sequence.logprobs += [None] * len(ids)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give the sequence's memory back. It must not be used again."""
+        self._drop_slot(sequence)
+        sequence.family.remove(sequence)
+
+    async def prefill(self, sequence: Sequence) -> None:
+        """Feed all but the last token without sampling, so that forks find it: a group's prompt is read once."""
+        if len(sequence.ids) - 1 > sequence.cached:
+            await self._submit(sequence, Sampling(), len(sequence.ids), None)
+
+    async def sample(self, sequence: Sequence, sampling: Sampling, max_new_tokens: int,
+                     stop: Callable[[int], bool] | None = None) -> str:
+        """Extend the sequence until `stop(token)` is true ("stop"), an EOS ("eos") or the limit ("length")."""
+        limit = min(len(sequence.ids) + max_new_tokens, self.max_tokens)
+        if len(sequence.ids) >= limit:
+            return "length"
+        return await self._submit(sequence, sampling, limit, stop)
+
+    async def _submit(self, sequence: Sequence, sampling: Sampling, limit: int,
+                      stop: Callable[[int], bool] | None) -> str:
+        future = asyncio.get_running_loop().create_future()
+        self._requests.append(_Request(sequence, sampling, limit, stop, future))
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        return await future
+
+    async def _drive(self) -> None:
+        """Step while anyone waits. Between steps the event loop runs whoever was answered, and reads the sandbox."""
+        while self._requests:
+            for _ in range(3):  # a finished coroutine needs a few turns of the loop to ask for its next tokens
+                await asyncio.sleep(0)
+            self._requests = [request for request in self._requests if not request.future.done()]
+            try:
+                if self._requests:
+                    self.step()
+            except Exception as error:  # whoever waits must hear of it, or the run would hang
+                for request in self._requests:
+                    if not request.future.done():
+                        request.future.set_exception(error)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Feed every waiting sequence that has (or gets) a slot, and sample one token where nothing is left to feed."""
+        admitted = self._admit()
+        batch = [request for request in admitted if self._to_feed(request) > 0]
+        fed = [min(self._to_feed(request), self.chunk_tokens) for request in batch]
+        if batch:
+            hidden = self._forward(batch, fed)
+        ends = torch.tensor(fed).cumsum(0) - 1
+        sampled = [i for i, request in enumerate(batch) if request.unseen == 0]
+        for sampling in {batch[i].sampling: None for i in sampled}:
+            same = [i for i in sampled if batch[i].sampling == sampling]
+            self._sample(hidden[ends[same].to(self.device)], [batch[i] for i in same])
+        for request in admitted:
+            if request.limit == len(request.sequence.ids) and request.unseen <= 1:
+                self._finish(request, "length")
+        self.counts.steps += 1
+
+    def _to_feed(self, request: _Request) -> int:
+        """Unseen tokens, less the last one when no token is wanted after them (a prefill)."""
+        return request.unseen - (request.limit == len(request.sequence.ids))
+
+    def _forward(self, batch: list[_Request], fed: list[int]) -> torch.Tensor:
+        """Hidden states of the fed tokens in order of the batch (which is order of slot), padding rows at the end."""
+        rows, ids, positions = [], [], []
+        for request, count in zip(batch, fed, strict=True):
+            sequence, start = request.sequence, request.sequence.cached
+            rows.append(Row(sequence.slot, start, count))
+            ids += sequence.ids[start:start + count]
+            positions += range(start, start + count)
+            sequence.cached, sequence.last_step = start + count, self.counts.steps
+        self.counts.fed += len(ids)
+        padding = [0] * (-len(ids) % ROW_BLOCK if self.exact else 0)
+        attend = cached(self.cache, rows, self.model.config.num_heads)
+        return self.model(torch.tensor(ids + padding, device=self.device),
+                          torch.tensor(positions + padding, device=self.device), attend)
+
+    def _sample(self, hidden: torch.Tensor, requests: list[_Request]) -> None:
+        """Draw one token for each request from its last hidden state, and finish those that are done."""
+        count = len(requests)
+        if self.exact:
+            hidden = torch.cat((hidden, hidden.new_zeros(-count % ROW_BLOCK, hidden.shape[1])))
+        logits = self.model.logits(hidden)[:count]
+        noise = [uniform(request.sequence.key, len(request.sequence.ids)) for request in requests]
+        tokens, logprobs = sample_tokens(logits, noise, requests[0].sampling)
+        self.counts.sampled += count
+        for request, token, logprob in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
+            request.sequence.ids.append(token)
+            request.sequence.logprobs.append(logprob)
+            stopped = request.stop is not None and request.stop(token)
+            if token in self.eos_ids:
+                self._finish(request, "eos")
+            elif stopped:
+                self._finish(request, "stop")
+
+    def _finish(self, request: _Request, reason: str) -> None:
+        if not request.future.done():
+            request.future.set_result(reason)
+        self._requests = [other for other in self._requests if other is not request]
+
+    def _admit(self) -> list[_Request]:
+        """Requests whose sequence has a slot, first come first served, in order of slot."""
+        waiting = {id(request.sequence) for request in self._requests}
+        for request in self._requests:
+            if request.sequence.slot is None and not self._take_slot(request.sequence, waiting):
+                break
+        batch = [request for request in self._requests if request.sequence.slot is not None]
+        return sorted(batch, key=lambda request: request.sequence.slot)
+
+    def _take_slot(self, sequence: Sequence, waiting: set[int]) -> bool:
+        """Give `sequence` a slot, evicting the least recently used idle one if none is free, and its family's prefix."""
+        donor, shared = _closest_relative(sequence)
+        slot = self.cache.take()
+        if slot is None:
+            idle = [other for other in self._holders if id(other) not in waiting]
+            if not idle:
+                return False
+            victim = min(idle, key=lambda other: other.last_step)
+            self.counts.evictions += 1
+            self.counts.evicted += victim.cached
+            self._drop_slot(victim)
+            slot = self.cache.take()
+        if donor is not None and donor.slot is None:  # it was evicted just now: its contents are still in this slot
+            self.counts.evicted -= shared
+        elif donor is not None:
+            self.cache.copy(donor.slot, slot, shared)
+            self.counts.copied += shared
+        sequence.slot, sequence.cached, sequence.last_step = slot, shared, self.counts.steps
+        bisect.insort(self._holders, sequence, key=lambda other: other.slot)
+        return True
+
+    def _drop_slot(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self.cache.release(sequence.slot)
+            self._holders.remove(sequence)
+            sequence.slot, sequence.cached = None, 0
+
+
+def _closest_relative(sequence: Sequence) -> tuple[Sequence | None, int]:
+    """The family member whose cache holds most of this sequence's tokens, and how many (one is left to feed)."""
+    best, most = None, 0
+    for other in sequence.family:
+        if other.slot is None:
+            continue
+        shared = min(_common_prefix(other.ids, sequence.ids), other.cached, len(sequence.ids) - 1)
+        if shared > most:
+            best, most = other, shared
+    return best, most
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading elements two lists share, by bisection: comparing slices is fast."""
+    return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda length: a[:length] != b[:length])
