@@ -70,6 +70,7 @@ class Trajectory:
     correct: bool | None = None
     finish: str = "length"
     corrections: int = 0
+    retry_temperature: float | None = None  # of the tokens after a backtrack, if there was one
     tokens_generated: int = 0
     thinking: bool = False
     seed: int = 0

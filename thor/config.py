@@ -1,0 +1,49 @@
+"""Options of the scripts: a flat dataclass beside the code that reads them becomes the command line.
+
+Each field is one flag, its `help` metadata the explanation; `-` and `_` are both taken. What is wrong with the user's
+input is a ValueError (or an OSError) anywhere below, and becomes one sentence and exit code 2 here and nowhere else.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import HfArgumentParser
+
+Options = TypeVar("Options")
+
+
+def option(default: str | int | float | bool | None, text: str) -> dataclasses.Field:
+    """A dataclass field with its default and its line of help. A default of None is an option that may be left out."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def required(text: str) -> dataclasses.Field:
+    """A dataclass field that the command line must give."""
+    return dataclasses.field(metadata={"help": text})
+
+
+def parse(options_class: type[Options], description: str, argv: list[str] | None = None) -> Options:
+    """The command line as an instance of `options_class`; unknown or malformed flags end the program with code 2."""
+    parser = HfArgumentParser(options_class, description=description.strip())
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def save(options: Options, path: Path) -> None:
+    """Write the resolved options as JSON, so that a result can be traced to what made it."""
+    path.write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+
+
+def run(main: Callable[[Options], None], options_class: type[Options], description: str) -> None:
+    """Parse, call `main`, and turn a user's mistake into one sentence on stderr and exit code 2."""
+    try:
+        main(parse(options_class, description))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was written is kept", file=sys.stderr)
+        sys.exit(130)

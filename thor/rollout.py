@@ -1,0 +1,263 @@
+"""The think–act–observe loop, and its one rewind: a trajectory is straight-line code, batching is the engine's business.
+
+A rollout is a coroutine over one sequence (paper Eq. 1): sample reasoning and code, run the code, append what it
+printed, go on. Self-correction is a truncation to a fixed anchor and another try with fresh noise. Invariants: what is
+recorded is what was sampled, token by token; dropped attempts cost no code round and no response length; budgets belong
+to one trajectory.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from thor.data import Problem
+from thor.engine import Engine, Sequence
+from thor.reward import boxed_answer
+from thor.sampling import Sampling, noise_key
+from thor.sandbox import LocalSandbox
+from thor.template import FenceScanner, Template, code_of
+from thor.trajectory import ACT, OBSERVE, THINK, Attempt, Execution, Trajectory, add_span
+
+# Greedy decoding would repeat what just failed, so a retry is sampled at this temperature (method, section 5).
+GREEDY_RETRY_TEMPERATURE = 0.6
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a rollout works with."""
+
+    engine: Engine
+    sandbox: LocalSandbox
+    template: Template
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """Budgets of one trajectory, in tokens unless the name says otherwise; 0 thinking tokens is no thinking budget.
+
+    `stop_at_failure` ends a rollout at its first failed execution, which is what training wants (method, section 4.1).
+    """
+
+    sampling: Sampling = Sampling()
+    max_response_tokens: int = 3200
+    max_code_rounds: int = 10
+    max_corrections: int = 4
+    suffix_tokens: int = 100
+    max_thinking_tokens: int = 0
+    stop_at_failure: bool = False
+    seed: int = 0
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_code_rounds", "max_corrections", "suffix_tokens", "max_thinking_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.max_response_tokens < 1:
+            raise ValueError(f"max_response_tokens is {self.max_response_tokens}; it must be 1 or more")
+
+    @property
+    def retry_sampling(self) -> Sampling:
+        """How a retry is sampled: as the rest, unless that is greedy."""
+        greedy = self.sampling.temperature == 0
+        return replace(self.sampling, temperature=GREEDY_RETRY_TEMPERATURE) if greedy else self.sampling
+
+
+@dataclass
+class _Draft:
+    """A trajectory in the making: its sequence, its record, and where its budgets end (positions in the sequence)."""
+
+    tools: Tools
+    options: RolloutOptions
+    sequence: Sequence
+    record: Trajectory
+    limit: int
+    thinking_limit: int | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.record.prompt_ids)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.record.executions)
+
+    def key(self, attempt: int) -> bytes:
+        """The noise of this trajectory from here on, for the given attempt at the step it is in."""
+        return rollout_key(self.options, self.record.id, self.record.sample, self.num_steps, attempt)
+
+    def add_span(self, kind: str, start: int, end: int) -> None:
+        """Record a span given by positions in the sequence."""
+        self.record.spans = add_span(self.record.spans, kind, start - self.prompt_tokens, end - self.prompt_tokens)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One attempt at a step: why it ended, and, if its code block closed, where the act starts and what the run gave."""
+
+    stopped: str
+    act_start: int | None = None
+    execution: Execution | None = None
+
+    @property
+    def failed(self) -> bool:
+        """The policy's own code failed; an infrastructure failure is nobody's."""
+        return self.stopped == "stop" and not self.execution.passed
+
+
+def rollout_key(options: RolloutOptions, problem_id: str, sample: int, step: int, attempt: int) -> bytes:
+    """The noise key of one attempt: no two attempts, steps, samples, problems or rounds share noise."""
+    return noise_key(options.seed, options.round, problem_id, sample, step, attempt)
+
+
+async def solve_group(tools: Tools, problem: Problem, samples: list[int], options: RolloutOptions,
+                      gate: asyncio.Semaphore, done: Callable[[Trajectory], Awaitable[None]]) -> None:
+    """Several independent samples of one problem, whose prompt is read once. `gate` bounds how many run at a time.
+
+    `done` gets each trajectory as it ends, in whatever order they do.
+    """
+    engine = tools.engine
+    keys = [rollout_key(options, problem.id, sample, 0, 0) for sample in samples]
+    first = engine.new(tools.template.prompt_ids(problem.question), keys[0])
+    sequences = [first] + [engine.fork(first, key) for key in keys[1:]]
+    prompt_read = asyncio.Event()
+
+    async def solve_one(sample: int, sequence: Sequence) -> None:
+        async with gate:
+            if sequence is first:
+                await engine.prefill(first)
+                prompt_read.set()
+            await prompt_read.wait()
+            trajectory = await solve(tools, problem, sample, sequence, options)
+            if sequence is not first:
+                engine.free(sequence)
+            await done(trajectory)
+
+    await asyncio.gather(*map(solve_one, samples, sequences))
+    engine.free(first)  # kept until now: its siblings copy the prompt from it
+
+
+async def solve(tools: Tools, problem: Problem, sample: int, sequence: Sequence, options: RolloutOptions) -> Trajectory:
+    """Eq. 1: one trajectory on `sequence`, which holds the prompt. The caller frees the sequence."""
+    draft = _draft(tools, problem, sample, sequence, options)
+    while True:
+        start = len(sequence.ids)
+        tried = await _corrected_step(draft, start)
+        finish = _record_step(draft, start, tried)
+        if finish is not None:
+            return _finished(draft, finish)
+
+
+def _draft(tools: Tools, problem: Problem, sample: int, sequence: Sequence, options: RolloutOptions) -> _Draft:
+    prompt = tools.template.prompt_text(problem.question)
+    thinking = tools.template.is_thinking(prompt)
+    record = Trajectory(problem.id, sample, problem.question, problem.answer, prompt_ids=list(sequence.ids),
+                        thinking=thinking, seed=options.seed)
+    limit = min(len(sequence.ids) + options.max_response_tokens, tools.engine.max_tokens)
+    budget = options.max_thinking_tokens if thinking else 0
+    return _Draft(tools, options, sequence, record, limit, len(sequence.ids) + budget if budget else None)
+
+
+async def _corrected_step(draft: _Draft, start: int) -> _Tried:
+    """One think–act step; while its code fails, again from the same anchor with fresh noise (method, section 5).
+
+    The anchor lies `suffix_tokens` before the code, never before `start`, where this step's reasoning begins. After
+    `max_corrections` retries the last attempt stands.
+    """
+    tried = await _attempt_step(draft, start, draft.options.sampling)
+    if tried.failed:
+        anchor = max(start, tried.act_start - draft.options.suffix_tokens)
+    for attempt in range(1, draft.options.max_corrections + 1):
+        if not tried.failed:
+            break
+        _drop_attempt(draft, anchor, tried.execution)
+        draft.tools.engine.truncate(draft.sequence, anchor, draft.key(attempt))
+        tried = await _attempt_step(draft, start, draft.options.retry_sampling)
+    return tried
+
+
+def _drop_attempt(draft: _Draft, anchor: int, execution: Execution) -> None:
+    """Keep what is about to be cut off as a record of its own."""
+    record, sequence = draft.record, draft.sequence
+    record.attempts.append(Attempt(draft.num_steps, anchor - draft.prompt_tokens, sequence.ids[anchor:],
+                                   sequence.logprobs[anchor:], execution))
+    record.corrections += 1
+    record.retry_temperature = draft.options.retry_sampling.temperature
+
+
+async def _attempt_step(draft: _Draft, start: int, sampling: Sampling) -> _Tried:
+    """Sample until a code block closes, and run it. What already stands after `start` is kept reasoning (r_pre)."""
+    template, sequence = draft.tools.template, draft.sequence
+    scanner = FenceScanner(template)
+    for token in sequence.ids[start:]:
+        scanner.push(token)
+    stopped = await _sample(draft, sampling, scanner.push)
+    if stopped != "stop":
+        return _Tried(stopped)
+    act_start = start + scanner.act_start
+    if draft.num_steps == draft.options.max_code_rounds:
+        return _Tried("rounds", act_start)
+    execution = await draft.tools.sandbox.run(code_of(template.decode(sequence.ids[act_start:])))
+    stopped = "infrastructure" if execution.outcome == "infrastructure" else "stop"
+    return _Tried(stopped, act_start, execution)
+
+
+async def _sample(draft: _Draft, sampling: Sampling, stop: Callable[[int], bool]) -> str:
+    """Sample to a stop, an EOS or the end of a budget. The thinking budget ends nothing once </think> was written."""
+    sequence, engine = draft.sequence, draft.tools.engine
+    while True:
+        limit = draft.limit if draft.thinking_limit is None else min(draft.limit, draft.thinking_limit)
+        before = len(sequence.ids)
+        stopped = await engine.sample(sequence, sampling, limit - before, stop)
+        draft.record.tokens_generated += len(sequence.ids) - before
+        thinking_ended = stopped == "length" and limit == draft.thinking_limit
+        if not thinking_ended or "</think>" not in draft.tools.template.decode(sequence.ids[draft.prompt_tokens:]):
+            return stopped
+        draft.thinking_limit = None
+
+
+def _record_step(draft: _Draft, start: int, tried: _Tried) -> str | None:
+    """Write a step's spans and its execution down and append what follows it; the finish if that was the last one."""
+    sequence, record = draft.sequence, draft.record
+    end = len(sequence.ids)
+    if tried.act_start is None:
+        draft.add_span(THINK, start, end)
+        if tried.stopped == "length" and draft.thinking_limit is not None and end >= draft.thinking_limit:
+            draft.thinking_limit = None
+            return _append(draft, draft.tools.template.close_thinking_ids)
+        return tried.stopped
+    draft.add_span(THINK, start, tried.act_start)
+    draft.add_span(ACT, tried.act_start, end)
+    record.executions.append(tried.execution)
+    if tried.stopped != "stop":
+        return tried.stopped
+    if tried.failed and draft.options.stop_at_failure:
+        return "failed"
+    return _append(draft, draft.tools.template.observation_ids(sequence.ids[tried.act_start:], tried.execution))
+
+
+def _append(draft: _Draft, ids: list[int]) -> str | None:
+    """Append tokens that nobody sampled, as an observe span; "length" if there is no room for them."""
+    start = len(draft.sequence.ids)
+    if start + len(ids) > draft.limit:
+        return "length"
+    draft.tools.engine.append(draft.sequence, ids)
+    draft.add_span(OBSERVE, start, start + len(ids))
+    return None
+
+
+def _finished(draft: _Draft, finish: str) -> Trajectory:
+    """The finished record: tokens, log-probs, text and the boxed answer, which is read in the policy's own prose only."""
+    record, template, sequence = draft.record, draft.tools.template, draft.sequence
+    record.finish = finish
+    record.response_ids = sequence.ids[draft.prompt_tokens:]
+    record.logprobs = sequence.logprobs[draft.prompt_tokens:]
+    shown = record.response_ids[:-1] if finish == "eos" else record.response_ids
+    record.text = template.decode(shown)
+    prose = "".join(template.decode(shown[span.start:span.end]) for span in record.spans if span.kind == THINK)
+    record.boxed = boxed_answer(answer_part(prose) if record.thinking else prose)
+    return record
+
+
+def answer_part(text: str) -> str:
+    """What a reasoning model's answer is read from: the text after the last </think>, nothing where there is none."""
+    return text.rpartition("</think>")[2] if "</think>" in text else ""
