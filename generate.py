@@ -83,6 +83,8 @@ class GenerateOptions:
 
 def main(options: GenerateOptions) -> None:
     """Print the solutions of one question, or write those of many problems."""
+    if options.model is None:
+        raise ValueError("--model is missing: the Hugging Face directory of the model")
     if (options.question is None) == (options.problems is None):
         raise ValueError("give either --question or --problems")
     if options.problems is not None:
@@ -171,8 +173,9 @@ async def grade(trajectory: Trajectory) -> bool:
 async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]],
               done: Callable[[Trajectory], Awaitable[None]]) -> None:
     """Solve `jobs`, (problem, sample numbers) each; `done` gets every trajectory as it ends."""
+    closed_sandbox = open_sandbox(options.sandbox)
     engine, in_flight = build_engine(options, template, jobs)
-    async with open_sandbox(options.sandbox) as sandbox:
+    async with closed_sandbox as sandbox:
         tools, gate = Tools(engine, sandbox, template), asyncio.Semaphore(in_flight)
         await asyncio.gather(*(solve_group(tools, problem, samples, options.rollout, gate, done)
                                for problem, samples in jobs))
@@ -180,8 +183,7 @@ async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Pro
 
 def make_template(options: GenerateOptions) -> Template:
     """Check what can be checked before a model is loaded, and load the tokenizer."""
-    if options.model is None:
-        raise ValueError("--model is missing: the Hugging Face directory of the model")
+    assert options.model is not None, "a caller checks that there is a model"
     for name, low in (("samples", 1), ("slots", 0), ("threads", 0)):
         if getattr(options, name) < low:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be {low} or more")

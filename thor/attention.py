@@ -1,13 +1,14 @@
 """Who attends to whom: packed sequences in training, a KV cache in sampling. Each fast path has a slow twin.
 
 The slow twins (`packed`, `cached_slow`) are the definition: one sequence at a time through torch's own attention.
-`cached` must give a token the same bits whatever else is in the step: matmul, softmax, matmul with the query rows of a
-key/value head padded to a multiple of 4 and the key length to a multiple of 64, since CPU libraries compute other bits
-for other shapes.
+`feed` is one step of the sampler. With `exact` it gives a token the same bits whatever else is in the step, which CPU
+libraries do not do for other shapes: rows in multiples of 8, and attention as matmul, softmax, matmul with the query
+rows of a key/value head in multiples of 4, the keys in multiples of 64 and the sum over values in blocks of 256.
 
 T packed tokens · H query heads · K key/value heads · G query heads per key/value head · D head dim · P key positions
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thor.cache import KEY_BLOCK, KVCache, round_up
-from thor.model import Attend
+from thor.model import Attend, Decoder
 
+# MKL's strict mode: a row of a product has the same bits whatever the number of rows, at no cost in speed. It is read at
+# the process's first product, so it must be set before that; where it came too late or is unknown, `self_test` says so.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+ROW_BLOCK = 8
 QUERY_BLOCK = 4
+# A product splits a longer sum into parts whose sizes depend on its length, and that is the longest mate's.
+VALUE_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class _Piece:
     num_slots: int
     count: int
     num_keys: int
-    bias: Tensor  # [num_slots, 1 or query rows, P]: 0 where visible, -inf where not
+    bias: Tensor  # [1 or num_slots * K, 1 or query rows, P]: 0 where visible, -inf where not
 
 
 def cached(cache: KVCache, rows: list[Row], num_heads: int) -> Attend:
@@ -128,7 +136,8 @@ def _piece(cache: KVCache, run: list[Row], token: int, group: int) -> _Piece:
     bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
     missing = -(count * group) % QUERY_BLOCK if count > 1 else 0
     bias = F.pad(bias, (0, 0, 0, missing)).to(cache.keys.dtype)
-    bias = bias.repeat_interleave(heads, dim=0)  # [num_slots * K, ...], the order of the cache
+    if len(run) > 1:  # one slot's bias is the same for all its heads and broadcasts
+        bias = bias.repeat_interleave(heads, dim=0)  # [num_slots * K, ...], the order of the cache
     slots = slice(first.slot * heads, (first.slot + len(run)) * heads)
     return _Piece(slice(token, token + len(run) * count), slots, len(run), count, num_keys, bias)
 
@@ -142,6 +151,24 @@ def _mix(q_THD: Tensor, keys: Tensor, values: Tensor, piece: _Piece, group: int)
     q = F.pad(q, (0, 0, 0, -rows % QUERY_BLOCK))
     scores = torch.baddbmm(piece.bias, q, keys.transpose(1, 2))
     probs = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
-    mixed = torch.bmm(probs, values)[:, :rows]
-    mixed = mixed.view(piece.num_slots, -1, piece.count, group, head_dim).transpose(1, 2)
+    mixed = torch.bmm(probs[..., :VALUE_BLOCK], values[:, :VALUE_BLOCK])
+    for start in range(VALUE_BLOCK, piece.num_keys, VALUE_BLOCK):
+        block = slice(start, start + VALUE_BLOCK)
+        mixed = mixed.baddbmm_(probs[..., block], values[:, block])
+    mixed = mixed[:, :rows].view(piece.num_slots, -1, piece.count, group, head_dim).transpose(1, 2)
     return mixed.reshape(q_THD.shape)
+
+
+def feed(model: Decoder, cache: KVCache, rows: list[Row], ids: list[int], exact: bool) -> Tensor:
+    """One forward: `ids` are the new tokens of `rows`, which come in order of slot. Hidden states [T, E], then padding."""
+    padding = [0] * (-len(ids) % ROW_BLOCK if exact else 0)
+    positions = [row.start + i for row in rows for i in range(row.count)]
+    device = cache.keys.device
+    attend = cached(cache, rows, model.config.num_heads)
+    return model(torch.tensor(ids + padding, device=device), torch.tensor(positions + padding, device=device), attend)
+
+
+def head(model: Decoder, hidden_BE: Tensor, exact: bool) -> Tensor:
+    """Logits [B, V] of some rows, computed with padding rows where `exact` asks for it."""
+    padding = hidden_BE.new_zeros(-len(hidden_BE) % ROW_BLOCK if exact else 0, hidden_BE.shape[1])
+    return model.logits(torch.cat((hidden_BE, padding)))[:len(hidden_BE)]

@@ -37,10 +37,11 @@ def save(options: Options, path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
 
 
-def run(main: Callable[[Options], None], options_class: type[Options], description: str) -> None:
+def run(main: Callable[[Options], None], options_class: type[Options], description: str,
+        argv: list[str] | None = None) -> None:
     """Parse, call `main`, and turn a user's mistake into one sentence on stderr and exit code 2."""
     try:
-        main(parse(options_class, description))
+        main(parse(options_class, description, argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

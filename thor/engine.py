@@ -3,25 +3,23 @@
 There is no prefill path and no decode path. A step gives each waiting sequence the tokens its cache has not seen (a new
 prompt, an observation, what follows a backtrack, an evicted sequence, or just the last sampled token) and samples one
 token where that was all. Invariants: `cached` tokens of a sequence are in its slot and equal a plain forward's; a
-sequence with a token to sample has at least one token its cache has not seen; a sequence's tokens do not depend on who
-else is in the step (on a CPU bit for bit, see `exact`).
+sequence that waits has at least one token its cache has not seen; a sequence's tokens do not depend on who else is in
+the step (on a CPU bit for bit, see `exact` and `self_test`).
 """
 
 import asyncio
 import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from thor.attention import Row, cached
-from thor.cache import KVCache, round_up
+from thor.attention import Row, feed, head
+from thor.cache import KVCache
 from thor.model import Decoder
 from thor.sampling import Sampling, sample_tokens, uniform
-
-# CPU libraries give a row the same bits in any batch only if the number of rows is a multiple of this.
-ROW_BLOCK = 8
-
 
 @dataclass(eq=False)
 class Sequence:
@@ -37,6 +35,12 @@ class Sequence:
     slot: int | None = None
     cached: int = 0
     last_step: int = 0
+    waiting: asyncio.Future | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits for its tokens."""
+        return self.waiting is None or self.waiting.done()
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Engine:
 
     def __init__(self, model: Decoder, eos_ids: set[int], num_slots: int, max_tokens: int, exact: bool = True,
                  chunk_tokens: int = 512):
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}; a step must feed a sequence 1 token or more")
         weight = model.head_weight
         self.model, self.eos_ids, self.max_tokens = model, frozenset(eos_ids), max_tokens
         self.cache = KVCache(model.config, num_slots, max_tokens, weight.dtype, weight.device)
@@ -100,19 +106,44 @@ class Engine:
 
     def truncate(self, sequence: Sequence, length: int, key: bytes) -> None:
         """Forget everything after the first `length` tokens; `key` gives what comes next fresh noise."""
+        assert sequence.idle, "a sequence was truncated while it is being sampled"
         assert 0 < length <= len(sequence.ids), f"cannot cut {len(sequence.ids)} tokens to {length}"
         del sequence.ids[length:], sequence.logprobs[length:]
         sequence.cached, sequence.key = min(sequence.cached, length), key
 
     def append(self, sequence: Sequence, ids: list[int]) -> None:
-        """Add tokens that were not sampled: an observation. They are fed in one pass with the next token."""
+        """Add tokens that were not sampled: an observation. They are fed in one pass with the last sampled token."""
+        assert sequence.idle, "a sequence was appended to while it is being sampled"
+        if len(sequence.ids) + len(ids) > self.max_tokens:
+            raise ValueError(f"{len(ids)} tokens after {len(sequence.ids)} exceed the context of {self.max_tokens}")
         sequence.ids += ids
         sequence.logprobs += [None] * len(ids)
 
     def free(self, sequence: Sequence) -> None:
         """Give the sequence's memory back. It must not be used again."""
+        assert sequence.idle, "a sequence was freed while it is being sampled"
         self._drop_slot(sequence)
         sequence.family.remove(sequence)
+
+    @torch.inference_mode()
+    def self_test(self) -> bool:
+        """Whether a token's logits have the same bits alone and in a batch, in one pass and recomputed, on this machine.
+
+        If not, trajectories are still exact samples with exact log-probs, but they are not repeatable across batches.
+        """
+        alone = [[Row(0, 0, 81)]]
+        mixed = [[Row(0, 0, 1), Row(2, 0, 33), Row(3, 0, 5)],
+                 [Row(0, 1, 1), Row(2, 33, 47)],
+                 [Row(0, 2, 1), Row(1, 0, 1), Row(2, 80, 1), Row(3, 5, 1)]]
+        last = []
+        for steps, slot in ((alone, 0), (mixed, 2)):
+            cache = KVCache(self.model.config, 4, 96, self.cache.keys.dtype, self.device)
+            for rows in steps:
+                tokens = [31 * (row.start + i) % self.model.config.vocab_size for row in rows for i in range(row.count)]
+                hidden = feed(self.model, cache, rows, tokens, self.exact)
+            end = sum(row.count for row in rows if row.slot <= slot)
+            last.append(head(self.model, hidden[end - 1:end], self.exact))
+        return torch.equal(*last)
 
     async def prefill(self, sequence: Sequence) -> None:
         """Feed all but the last token without sampling, so that forks find it: a group's prompt is read once."""
@@ -129,7 +160,9 @@ class Engine:
 
     async def _submit(self, sequence: Sequence, sampling: Sampling, limit: int,
                       stop: Callable[[int], bool] | None) -> str:
-        future = asyncio.get_running_loop().create_future()
+        assert sequence.idle, "two coroutines sample one sequence"
+        sequence.waiting = future = asyncio.get_running_loop().create_future()
+        sequence.cached = min(sequence.cached, len(sequence.ids) - 1)  # after a truncation: the last token is fed again
         self._requests.append(_Request(sequence, sampling, limit, stop, future))
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
@@ -146,9 +179,10 @@ class Engine:
                     self.step()
             except Exception as error:  # whoever waits must hear of it, or the run would hang
                 for request in self._requests:
+                    self._drop_slot(request.sequence)  # what its cache holds is not known any more
                     if not request.future.done():
                         request.future.set_exception(error)
-                return
+                self._requests = []
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -172,31 +206,25 @@ class Engine:
         """Unseen tokens, less the last one when no token is wanted after them (a prefill)."""
         return request.unseen - (request.limit == len(request.sequence.ids))
 
-    def _forward(self, batch: list[_Request], fed: list[int]) -> torch.Tensor:
+    def _forward(self, batch: list[_Request], fed: list[int]) -> Tensor:
         """Hidden states of the fed tokens in order of the batch (which is order of slot), padding rows at the end."""
-        rows, ids, positions = [], [], []
+        rows, ids = [], []
         for request, count in zip(batch, fed, strict=True):
             sequence, start = request.sequence, request.sequence.cached
             rows.append(Row(sequence.slot, start, count))
             ids += sequence.ids[start:start + count]
-            positions += range(start, start + count)
             sequence.cached, sequence.last_step = start + count, self.counts.steps
         self.counts.fed += len(ids)
-        padding = [0] * (-len(ids) % ROW_BLOCK if self.exact else 0)
-        attend = cached(self.cache, rows, self.model.config.num_heads)
-        return self.model(torch.tensor(ids + padding, device=self.device),
-                          torch.tensor(positions + padding, device=self.device), attend)
+        return feed(self.model, self.cache, rows, ids, self.exact)
 
-    def _sample(self, hidden: torch.Tensor, requests: list[_Request]) -> None:
+    def _sample(self, hidden: Tensor, requests: list[_Request]) -> None:
         """Draw one token for each request from its last hidden state, and finish those that are done."""
-        count = len(requests)
-        if self.exact:
-            hidden = torch.cat((hidden, hidden.new_zeros(-count % ROW_BLOCK, hidden.shape[1])))
-        logits = self.model.logits(hidden)[:count]
         noise = [uniform(request.sequence.key, len(request.sequence.ids)) for request in requests]
-        tokens, logprobs = sample_tokens(logits, noise, requests[0].sampling)
-        self.counts.sampled += count
+        tokens, logprobs = sample_tokens(head(self.model, hidden, self.exact), noise, requests[0].sampling)
+        self.counts.sampled += len(requests)
         for request, token, logprob in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
+            if not math.isfinite(logprob):
+                raise ValueError(f"the model's logits are not finite after {len(request.sequence.ids)} tokens")
             request.sequence.ids.append(token)
             request.sequence.logprobs.append(logprob)
             stopped = request.stop is not None and request.stop(token)

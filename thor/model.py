@@ -98,7 +98,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -146,6 +146,15 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, E]: the output head, which is the embedding when the checkpoint ties them."""
         return self.model["embed_tokens"].weight if self.config.tied_head else self.lm_head.weight
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x). On a CPU torch's own kernel rounds the last few elements of a tensor differently from the others,
+    so a token's bits would depend on the size of its batch; while sampling it is therefore done in steps that do not.
+    """
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.silu(x)
+    return x / (1.0 + torch.exp(-x))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

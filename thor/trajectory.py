@@ -158,6 +158,21 @@ def from_json(line: str) -> Trajectory:
         raise ValueError(f"not a trajectory: {error!r}") from None
 
 
+def _check(trajectory: Trajectory) -> None:
+    length, runs = len(trajectory.response_ids), trajectory.executions
+    check_spans(trajectory.spans, length)
+    acts = sum(span.kind == ACT for span in trajectory.spans)
+    if len(runs) != acts:
+        raise ValueError(f"{len(runs)} executions for {acts} act spans; there must be one each, null where none ran")
+    if trajectory.logprobs and len(trajectory.logprobs) != length:
+        raise ValueError(f"{len(trajectory.logprobs)} logprobs for {length} tokens; there must be one each, or none")
+    unknown = {run.outcome for run in runs if run} - set(OUTCOMES)
+    if unknown:
+        raise ValueError(f"unknown outcome {', '.join(sorted(unknown))}; it must be one of {', '.join(OUTCOMES)}")
+    if trajectory.finish not in FINISHES:
+        raise ValueError(f"unknown finish {trajectory.finish!r}; it must be one of {', '.join(FINISHES)}")
+
+
 def _build(record: dict) -> Trajectory:
     known = {name.name for name in fields(Trajectory)}
     values = {name: value for name, value in record.items() if name in known}
@@ -166,5 +181,6 @@ def _build(record: dict) -> Trajectory:
     values["executions"] = [run and Execution(**run) for run in values["executions"]]
     attempts = [dict(attempt) for attempt in values.get("attempts", [])]
     values["attempts"] = [Attempt(**{**attempt, "execution": Execution(**attempt["execution"])}) for attempt in attempts]
-    check_spans(values["spans"], len(values["response_ids"]))
-    return Trajectory(**values)
+    trajectory = Trajectory(**values)
+    _check(trajectory)
+    return trajectory

@@ -77,9 +77,12 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a model is a Hugging Face directory with config.json and safetensors")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
 
 
 def _refuse_unsupported(raw: dict, directory: str | Path) -> None:
@@ -113,15 +116,18 @@ def _read_rope(raw: dict, directory: str | Path) -> tuple[float, Llama3Rope | No
     if kind == "default":
         return float(theta), None
     if kind == "llama3":
-        return float(theta), Llama3Rope(rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                                        rope["original_max_position_embeddings"])
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        missing = [name for name in names if name not in rope]
+        if missing:
+            raise ValueError(f"{directory}: the llama3 rope scaling lacks {', '.join(missing)}")
+        return float(theta), Llama3Rope(*(rope[name] for name in names))
     raise ValueError(f"{directory}: rope type {kind!r} is not supported; it must be default or llama3")
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.is_file():
-        files = [directory / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        files = [directory / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     elif single.is_file():
         files = [single]
     else:

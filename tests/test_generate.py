@@ -1,0 +1,144 @@
+"""generate.py as its users meet it: a command line, files that grow, and one sentence when something is wrong."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import tiny
+from generate import GenerateOptions, main, render
+from thor import config
+from thor.template import Template
+from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json
+
+ROOT = Path(__file__).parent.parent
+BASE = ["--style", "base", "--instruction", "", "--temperature", "1.0", "--max_response_tokens", "100", "--samples", "2",
+        "--suffix_tokens", "6", "--threads", "1"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    lines = [{"id": f"{a}+{b}", "question": f"{a}+{b}", "answer": str(a + b)} for a in range(6) for b in range(5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def comparable(path: Path) -> list[dict]:
+    """The trajectories of a file in order of problem and sample, without what a clock measured."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        for run in record["executions"] + [attempt["execution"] for attempt in record["attempts"]]:
+            if run:
+                run["seconds"] = 0.0
+    return sorted(records, key=lambda record: (record["id"], record["sample"]))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(problems, tiny_directory, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "all.jsonl"
+    result = call("--model", tiny_directory, "--problems", problems, "--out", out, *BASE)
+    assert result.returncode == 0, result.stderr
+    assert "accuracy" in result.stderr and "tokens/s" in result.stderr
+    return out
+
+
+def test_every_problem_gets_its_samples_graded_and_really_run(uninterrupted):
+    records = [from_json(line) for line in uninterrupted.read_text().splitlines()]
+    assert len(records) == 60 and len({(t.id, t.sample) for t in records}) == 60
+    assert any(t.correct for t in records) and any(t.corrections for t in records)
+    good = [t for t in records if t.executions and t.executions[-1] and t.executions[-1].passed]
+    assert all(f"```output\n{t.executions[-1].stdout.strip()}\n" in t.text for t in good if t.finish == "eos") and good
+
+
+def test_a_killed_run_continues_and_loses_at_most_what_was_in_flight(uninterrupted, problems, tiny_directory, tmp_path):
+    out = tmp_path / "killed.jsonl"
+    arguments = ("--model", tiny_directory, "--problems", problems, "--out", out, *BASE, "--slots", "4")
+    process = subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (out.is_file() and out.read_bytes().count(b"\n") >= 8) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = out.read_bytes()
+    kept = kept[:kept.rfind(b"\n") + 1]
+    assert 8 <= kept.count(b"\n") < 60
+    result = call(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert out.read_bytes().startswith(kept)
+    assert comparable(out) == comparable(uninterrupted), "slots and the kill must not change a trajectory"
+    assert "nothing left to do" in call(*arguments).stdout
+
+
+def test_other_settings_are_never_mixed_into_a_file(uninterrupted, problems, tiny_directory):
+    before = uninterrupted.read_bytes()
+    result = call("--model", tiny_directory, "--problems", problems, "--out", uninterrupted, *BASE, "--seed", "1")
+    assert result.returncode == 2 and "seed was 0, is 1" in result.stderr and uninterrupted.read_bytes() == before
+
+
+def test_one_question_prints_its_spans(tiny_directory):
+    result = call("--model", tiny_directory, "--question", "3+4", *BASE)
+    assert result.returncode == 0 and result.stdout.count("--- sample ") == 2 and "```python" in result.stdout
+    assert "\033[" not in result.stdout, "no colours into a pipe"
+
+
+def test_dashes_and_underscores_are_both_taken():
+    dashes = [argument.replace("_", "-") if argument.startswith("--") else argument for argument in BASE]
+    assert config.parse(GenerateOptions, "", dashes) == config.parse(GenerateOptions, "", BASE)
+    assert config.parse(GenerateOptions, "", BASE).max_response_tokens == 100
+
+
+def test_dropped_attempts_are_shown_where_they_were_dropped():
+    template = Template(tiny.make_tokenizer(), style="base")
+    ids = template.encode("Add.\n```python\nprint(1+1)\n```")
+    failed = template.encode("```python\nprint(x)\n```")
+    attempt = Attempt(0, 3, failed, [0.0] * len(failed), Execution("error", "", "NameError: x", 0.0))
+    trajectory = Trajectory("q", 0, "1+1", None, [1], ids, spans=[Span("think", 0, 3), Span("act", 3, len(ids))],
+                            executions=[None], attempts=[attempt], corrections=1)
+    plain = render(trajectory, template, colour=False)
+    assert plain.index("Add.") < plain.index("[dropped: ```python\nprint(x)\n``` → NameError: x]") < plain.index("1+1")
+    assert "\033[36m```python" in render(trajectory, template, colour=True)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--model is missing"),
+    (["--model", "TINY"], "either --question or --problems"),
+    (["--model", "TINY", "--question", "x", "--problems", "y"], "either --question or --problems"),
+    (["--model", "TINY", "--problems", "PROBLEMS"], "needs --out"),
+    (["--model", "no/such", "--question", "x"], "not a directory"),
+    (["--model", "TINY", "--question", " "], "question is empty"),
+    (["--model", "TINY", "--question", "1+" * 300, "--style", "base"], "does not fit the model's context of 256"),
+    (["--model", "TINY", "--question", "x", "--max_corrections", "-1"], "max_corrections is -1"),
+    (["--model", "TINY", "--question", "x", "--max_response_tokens", "0"], "max_response_tokens is 0"),
+    (["--model", "TINY", "--question", "x", "--samples", "0"], "samples is 0"),
+    (["--model", "TINY", "--question", "x", "--temperature", "-1"], "temperature is -1"),
+    (["--model", "TINY", "--question", "x", "--dtype", "int3"], "dtype is 'int3'"),
+    (["--model", "TINY", "--question", "x", "--style", "poem"], "style is 'poem'"),
+    (["--model", "TINY", "--question", "x", "--sandbox", "http://127.0.0.1:9"], "sandbox"),
+    (["--model", "TINY", "--problems", "none.jsonl", "--out", "o"], "does not exist"),
+    (["--model", "TINY", "--problems", "PROBLEMS", "--out", "/proc/no/such.jsonl"], "cannot be written"),
+    (["--nonsense", "1"], "nonsense"),
+])
+def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, arguments, message, capsys):
+    places = {"TINY": str(tiny_directory), "PROBLEMS": str(problems)}
+    with pytest.raises(SystemExit) as ended:
+        config.run(main, GenerateOptions, "", [places.get(argument, argument) for argument in arguments])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and message in printed and "Traceback" not in printed
+    assert printed.count("error: ") == 1
+
+
+def test_every_flag_has_a_line_of_help():
+    assert all(field.metadata["help"] for field in fields(GenerateOptions))

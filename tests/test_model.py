@@ -1,0 +1,63 @@
+"""The decoder against transformers' own models, and its indifference to how sequences are packed."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from thor.attention import packed
+from thor.model import Decoder
+from thor.weights import load_model
+
+
+def logits_of(model: Decoder, sequences: list[list[int]]) -> torch.Tensor:
+    """Logits [T, V] of the sequences, one after another in one stream."""
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    positions = torch.tensor([position for sequence in sequences for position in range(len(sequence))])
+    return model.logits(model(ids, positions, packed([len(sequence) for sequence in sequences])))
+
+
+def some_sequences(lengths: list[int], vocab_size: int = 131) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def test_float32_logits_equal_transformers(random_directory):
+    [ids] = some_sequences([150])  # past the original context of the llama3 rope
+    theirs = AutoModelForCausalLM.from_pretrained(random_directory, dtype=torch.float32)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(logits_of(load_model(random_directory), [ids]), theirs, atol=1e-4, rtol=0)
+
+
+def test_gradients_equal_transformers(random_directory):
+    [ids] = some_sequences([40])
+    theirs = AutoModelForCausalLM.from_pretrained(random_directory, dtype=torch.float32)
+    ours = load_model(random_directory)
+    theirs(torch.tensor([ids])).logits.log_softmax(-1)[0, :, 5].sum().backward()
+    logits_of(ours, [ids]).log_softmax(-1)[:, 5].sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_one_another(random_directory):
+    model, sequences = load_model(random_directory), some_sequences([17, 1, 40, 8])
+    alone = torch.cat([logits_of(model, [sequence]) for sequence in sequences])
+    torch.testing.assert_close(logits_of(model, sequences), alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_token_does_not_see_what_comes_after_it(random_directory):
+    model, [ids] = load_model(random_directory), some_sequences([30])
+    torch.testing.assert_close(logits_of(model, [ids])[:20], logits_of(model, [ids[:20]]), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_logits_are_float32_whatever_the_weights_are(random_directories, dtype):
+    [ids] = some_sequences([30])
+    exact = logits_of(load_model(random_directories["qwen3"]), [ids])
+    other = logits_of(load_model(random_directories["qwen3"], dtype), [ids])
+    assert other.dtype == torch.float32
+    error = (other.log_softmax(-1) - exact.log_softmax(-1)).abs().mean()
+    assert error < (0.1 if dtype == torch.bfloat16 else 1e-5)

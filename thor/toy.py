@@ -1,0 +1,239 @@
+"""The small world of the demo: word problems that need code, their scripted solutions, and a tokenizer for both.
+
+A problem is one task or two in a row ("let g be …; what is …"), a task is a sentence with numbers in it and a few ways to
+write the program. Programs name their variables: by default the task's own letters, else letters drawn anew, and a small
+model that mixes them up earns a NameError. `fixed_names`, the share of default names, is thus the dial for how often code
+fails. Invariant: which of train, tune and held-out a problem belongs to is a hash of its numbers, decided before
+anything is sampled, so no held-out problem was ever seen.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPLITS = ("train", "tune", "held-out")
+LETTERS = "abcdghkmnpqst"  # 13 letters that a program may call its variables
+
+
+@dataclass(frozen=True)
+class Task:
+    """One computation. Format strings: {a}, {b}, {c} are numbers, {x}, {y}, {z} variables, {result} what comes out."""
+
+    name: str
+    ranges: tuple[tuple[int, int], ...]  # of a, b, c, both ends included
+    letters: str  # default names of x, y, z
+    goal: str  # "We look for {goal}."
+    story: str  # a question that never says what to compute in the goal's words
+    programs: tuple[str, ...]
+
+
+TASKS = {task.name: task for task in (
+    Task("gcd", ((12, 240), (12, 240)), "ab", "the greatest common divisor of {a} and {b}",
+         "Two ropes of {a} and {b} metres are cut into equal pieces without waste. How long can a piece be at most?",
+         ("import math\n{x} = {a}\n{y} = {b}\nprint(math.gcd({x}, {y}))\n",
+          "{x} = {a}\n{y} = {b}\nwhile {y}:\n    {x}, {y} = {y}, {x} % {y}\nprint({x})\n",
+          "import sympy\n{x} = {a}\n{y} = {b}\nprint(sympy.gcd({x}, {y}))\n")),
+    Task("lcm", ((11, 99), (11, 99)), "ab", "the least common multiple of {a} and {b}",
+         "Two lamps flash every {a} and {b} seconds, now together. After how many seconds do they do so again?",
+         ("import math\n{x} = {a}\n{y} = {b}\nprint(math.lcm({x}, {y}))\n",
+          "import math\n{x} = {a}\n{y} = {b}\nprint({x} * {y} // math.gcd({x}, {y}))\n",
+          "{x} = {a}\n{y} = {b}\n{z} = {x}\nwhile {z} % {y}:\n    {z} += {x}\nprint({z})\n")),
+    Task("divisors", ((20, 600),), "ns", "the sum of the divisors of {a}",
+         "A baker packs {a} rolls in equal bags. What is the sum of all possible bag sizes?",
+         ("{x} = {a}\nprint(sum(i for i in range(1, {x} + 1) if {x} % i == 0))\n",
+          "import sympy\n{x} = {a}\nprint(sympy.divisor_sigma({x}))\n",
+          "{x} = {a}\n{y} = 0\nfor i in range(1, {x} + 1):\n    if {x} % i == 0:\n        {y} += i\nprint({y})\n")),
+    Task("power", ((2, 60), (5, 80), (7, 97)), "abm", "the remainder of {a} to the power {b} modulo {c}",
+         "A clock with {c} hours is turned {a} to the power {b} hours from zero. Which hour does it show?",
+         ("{x} = {a}\n{y} = {b}\n{z} = {c}\nprint(pow({x}, {y}, {z}))\n",
+          "{x} = {a}\n{y} = {c}\n{z} = 1\nfor i in range({b}):\n    {z} = {z} * {x} % {y}\nprint({z})\n")),
+    Task("primes", ((10, 200), (210, 400)), "ab", "the number of primes from {a} to {b}",
+         "Houses have the numbers {a} to {b}. How many of these numbers are prime?",
+         ("import sympy\n{x} = {a}\n{y} = {b}\nprint(len(list(sympy.primerange({x}, {y} + 1))))\n",
+          "import sympy\n{x} = {a}\n{y} = {b}\nprint(sum(1 for i in range({x}, {y} + 1) if sympy.isprime(i)))\n",
+          "{x} = {a}\n{y} = {b}\nprint(sum(all(i % j for j in range(2, i)) for i in range({x}, {y} + 1)))\n")),
+    Task("equation", ((2, 30), (3, 99), (100, 999)), "abc", "the solution of {a} x + {b} = {c}",
+         "A taxi takes {b} coins and {a} more for each mile. How many miles do {c} coins pay, as a fraction?",
+         ("from fractions import Fraction\n{x} = {a}\n{y} = {b}\n{z} = {c}\nprint(Fraction({z} - {y}, {x}))\n",
+          "import sympy\nx = sympy.symbols('x')\n{x} = {a}\n{y} = {b}\n{z} = {c}\n"
+          "print(sympy.solve({x} * x + {y} - {z}, x)[0])\n")),
+    Task("choose", ((10, 60), (2, 6)), "nk", "the number of ways to choose {b} of {a}",
+         "A club of {a} members sends {b} of them to a fair. In how many ways can it do so?",
+         ("import math\n{x} = {a}\n{y} = {b}\nprint(math.comb({x}, {y}))\n",
+          "import sympy\n{x} = {a}\n{y} = {b}\nprint(sympy.binomial({x}, {y}))\n",
+          "from math import factorial\n{x} = {a}\n{y} = {b}\n"
+          "print(factorial({x}) // factorial({y}) // factorial({x} - {y}))\n")),
+    Task("interest", ((100, 999), (2, 9), (2, 9)), "prt", "the whole coins of {a} after {c} years at {b} percent",
+         "A bank pays {b} percent a year on {a} coins. How many whole coins are there after {c} years?",
+         ("{x} = {a}\n{y} = {b}\n{z} = {c}\nprint({x} * (100 + {y}) ** {z} // 100 ** {z})\n",
+          "from fractions import Fraction\n{x} = Fraction({a})\n{y} = {b}\nfor i in range({c}):\n"
+          "    {x} *= Fraction(100 + {y}, 100)\nprint(int({x}))\n")),
+    Task("digits", ((2, 99), (5, 60)), "an", "the sum of the digits of {a} to the power {b}",
+         "A child adds up all digits of {a} to the power {b}. What does it get?",
+         ("{x} = {a}\n{y} = {b}\nprint(sum(int(i) for i in str({x} ** {y})))\n",
+          "{x} = {a} ** {b}\n{y} = 0\nwhile {x}:\n    {y} += {x} % 10\n    {x} //= 10\nprint({y})\n",
+          "{x} = str({a} ** {b})\n{y} = 0\nfor i in {x}:\n    {y} += int(i)\nprint({y})\n")),
+)}
+
+# Two tasks in a row: the first one's result is a number of the second (its place there), which is copied by hand.
+CHAINS = {"gcd then power": ("gcd", "power", "a"), "digits then choose": ("digits", "choose", "a")}
+FAMILIES = (*TASKS, *CHAINS)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One task with its numbers filled in."""
+
+    task: Task
+    numbers: dict[str, int]
+
+    @property
+    def goal(self) -> str:
+        """What is looked for, as in "We look for …"."""
+        return self.task.goal.format(**self.numbers)
+
+    def program(self, style: int, names: dict[str, str]) -> str:
+        """The program in one of its styles, with names for x, y, z."""
+        return self.task.programs[style % len(self.task.programs)].format(**self.numbers, **names)
+
+
+@dataclass(frozen=True)
+class ToyProblem:
+    """A question and the steps that solve it; the answer is the last step's result."""
+
+    id: str
+    family: str
+    question: str
+    steps: tuple[Step, ...]
+    results: tuple[str, ...]
+
+    @property
+    def answer(self) -> str:
+        """The gold answer, as the last program prints it."""
+        return self.results[-1]
+
+
+def split_of(family: str, numbers: dict[str, int]) -> str:
+    """Which split a problem belongs to: one in eight is held out, one in eight is for tuning."""
+    digest = hashlib.blake2b(f"{family} {sorted(numbers.items())}".encode(), digest_size=4).digest()
+    return {0: "held-out", 1: "tune"}.get(digest[0] % 8, "train")
+
+
+def problems(split: str, count: int, seed: int) -> list[ToyProblem]:
+    """`count` different problems of one split, the families in turn; a family that has run dry is passed over."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{seed} {split}")
+    found: dict[str, ToyProblem] = {}
+    for turn in range(20 * count):
+        if len(found) == count:
+            return list(found.values())
+        problem = _draw(rng, FAMILIES[turn % len(FAMILIES)], split)
+        found.setdefault(problem.question, problem)
+    raise ValueError(f"there are only about {len(found)} different {split} problems, not {count}")
+
+
+def _draw(rng: random.Random, family: str, split: str) -> ToyProblem:
+    """One problem of a family; numbers are drawn until they fall into the split."""
+    first, second, place = CHAINS.get(family, (family, None, None))
+    while True:
+        step = Step(TASKS[first], _numbers(rng, TASKS[first]))
+        later = None if second is None else _numbers(rng, TASKS[second])
+        drawn = step.numbers if later is None else step.numbers | {f"later {k}": v for k, v in later.items() if k != place}
+        if split_of(family, drawn) == split and (later is None or _fits(TASKS[second], place, result_of(step))):
+            break
+    if later is None:
+        return _single(rng, family, step)
+    value = result_of(step)
+    last = Step(TASKS[second], later | {place: int(value)})
+    goal = TASKS[second].goal.format(**later | {place: "it"})
+    question = f"Take {step.goal}. What is {goal}?"
+    return ToyProblem(f"{family}: {question}", family, question, (step, last), (value, result_of(last)))
+
+
+def _single(rng: random.Random, family: str, step: Step) -> ToyProblem:
+    question = step.task.story.format(**step.numbers) if rng.random() < 0.5 else f"What is {step.goal}?"
+    return ToyProblem(f"{family}: {question}", family, question, (step,), (result_of(step),))
+
+
+def _numbers(rng: random.Random, task: Task) -> dict[str, int]:
+    return {name: rng.randint(low, high) for name, (low, high) in zip("abc", task.ranges, strict=False)}
+
+
+def _fits(task: Task, place: str, value: str) -> bool:
+    """Whether an earlier result lies in the range of the number that it becomes."""
+    low, high = task.ranges["abc".index(place)]
+    return value.isdigit() and low <= int(value) <= high
+
+
+def result_of(step: Step) -> str:
+    """What the program prints. Our own text, run in this process: nothing a model wrote ever comes here."""
+    printed: list[str] = []
+    names = dict(zip("xyz", "uvw", strict=True))
+    exec(step.program(0, names), {"print": lambda value: printed.append(str(value))})
+    return printed[0]
+
+
+def text_solution(problem: ToyProblem) -> str:
+    """A solution by text alone, numbers out of thin air: what the base model has read."""
+    lines = [f"We look for {step.goal}.\nIt is {result}.\n" for step, result in zip(
+        problem.steps, problem.results, strict=True)]
+    return "".join(lines) + f"The answer is \\boxed{{{problem.answer}}}."
+
+
+def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float) -> str:
+    """A tool-integrated solution: reasoning, program, output for each step, and the boxed answer."""
+    parts = [f"We look for {step.goal}.\n{code_block(step, rng, fixed_names)}```output\n{result}\n```\n"
+             for step, result in zip(problem.steps, problem.results, strict=True)]
+    return "".join(parts) + f"The answer is \\boxed{{{problem.answer}}}."
+
+
+def code_block(step: Step, rng: random.Random, fixed_names: float) -> str:
+    """One fenced program in a random style."""
+    return f"```python\n{step.program(rng.randrange(6), draw_names(step.task, rng, fixed_names))}```\n"
+
+
+def draw_names(task: Task, rng: random.Random, fixed_names: float) -> dict[str, str]:
+    """Names of x, y, z: the task's letters (and r) with probability `fixed_names`, else three letters drawn anew."""
+    letters = (task.letters + "rw")[:3] if rng.random() < fixed_names else rng.sample(LETTERS, 3)
+    return dict(zip("xyz", letters, strict=True))
+
+
+def step_from_text(text: str) -> Step | None:
+    """The task that a sentence "We look for …" names, with its numbers; None for any other text."""
+    for task in TASKS.values():
+        pattern = re.escape(task.goal).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = re.sub(r"\{([abc])\}", r"(?P<\1>\\d+)", pattern)
+        found = re.search(rf"We look for {pattern}\.", text)
+        if found:
+            return Step(task, {name: int(value) for name, value in found.groupdict().items()})
+    return None
+
+
+def corpus(seed: int, count: int) -> Iterator[str]:
+    """Texts of all kinds, from which the tokenizer takes its words."""
+    rng = random.Random(seed)
+    for problem in problems("train", count, seed):
+        yield f"Problem: {problem.question}\nSolution:\n"
+        yield text_solution(problem)
+        yield code_solution(problem, rng, 0.5)
+
+
+WORD = r"```python\n|```output\n|```|\\boxed\{| {4}| ?[A-Za-z_]+|\d| ?[^\sA-Za-z0-9_]|\s"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words with the space before them, single digits, single characters for the rest; decoding just joins."""
+    words = sorted({word for text in corpus(0, 2000) for word in re.findall(WORD, text)} | {"```"})
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    pieces = [(word, -1.0) for word in words if len(word) > 1] + [(character, -4.0) for character in characters]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=len(pieces) - 1 - characters[::-1].index("?")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
