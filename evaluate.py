@@ -1,0 +1,249 @@
+"""Turn solutions into numbers with their uncertainty.
+
+    python evaluate.py --responses FILE --out FILE.json
+    python evaluate.py --model DIR --benchmark NAME|FILE --samples 4 --out FILE.json
+
+The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run continues).
+Every metric is {value, low, high}: 95 % bootstrap over problems, 10,000 draws, seed 0.
+"""
+
+import json
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import combinations
+from math import comb
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from generate import GenerateOptions, generate
+from thor import config
+from thor.benchmarks import read_benchmark
+from thor.config import option
+from thor.data import read_trajectories
+from thor.metrics import bootstrap, pass_at_k
+from thor.reward import GRADE_SECONDS, Grader
+from thor.trajectory import OUTCOMES, Trajectory, kept_executions
+
+MAX_SUBSETS = 1000  # of the samples of one problem; beyond, maj@k is the mean over that many seeded ones
+
+Group = list[Trajectory]  # the samples of one problem, in order
+
+
+@dataclass
+class EvaluateOptions(GenerateOptions):
+    """The flags of generate.py and these."""
+
+    responses: str | None = option(None, "grade this file of trajectories instead of generating")
+    benchmark: str | None = option(None, "name of a benchmark, or a JSON-lines file of problems")
+    graders: int = option(2, "processes that compare answers")
+
+
+def main(options: EvaluateOptions) -> None:
+    """Generate if asked to, grade, print the table, write the JSON."""
+    if options.out is None:
+        raise ValueError("--out is missing: the JSON file that the numbers are written to")
+    out = Path(options.out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: it is a directory, or the directory it should lie in does not exist")
+    responses = Path(options.responses) if options.responses else generate_responses(options, out)
+    groups = by_problem(read_trajectories(responses))
+    with Grader(options.graders) as grader:
+        disagreements = grade_all(groups, grader)
+        metrics = compute_metrics(groups, grader)
+        settings = settings_of(options, groups) | {"grader": asdict(grader.counts)}
+    out.write_text(json.dumps({"settings": settings, "metrics": metrics}, indent=2) + "\n")
+    beside = out.with_name(out.stem + ".disagreements.jsonl")
+    beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in disagreements))
+    print(table(metrics))
+    print(f"{len(groups)} problems × {len(groups[0])} samples · temperature {settings['temperature']} · {out} · "
+          f"{len(disagreements)} answers where string match and math-verify differ: {beside}")
+
+
+def generate_responses(options: EvaluateOptions, out: Path) -> Path:
+    """Solve the benchmark; returns the file of trajectories."""
+    if options.benchmark is None:
+        raise ValueError("give --responses FILE, or --benchmark NAME|FILE with --model DIR")
+    if options.model is None:
+        raise ValueError("--model is missing: the Hugging Face directory of the model")
+    problems = read_benchmark(options.benchmark)
+    without = [problem.id for problem in problems if problem.answer is None]
+    if without:
+        raise ValueError(f"{options.benchmark}: problem {without[0]!r} has no answer, so it cannot be graded")
+    responses = out.with_name(out.stem + ".responses.jsonl")
+    options.out = str(responses)
+    generate(options, problems, responses)
+    return responses
+
+
+def by_problem(trajectories: list[Trajectory]) -> list[Group]:
+    """The samples of each problem, in order. ValueError if some problem has more of them than another."""
+    groups: dict[str, Group] = defaultdict(list)
+    for trajectory in trajectories:
+        if trajectory.answer is None:
+            raise ValueError(f"problem {trajectory.id!r} has no answer, so its solutions cannot be graded")
+        groups[trajectory.id].append(trajectory)
+    if not groups:
+        raise ValueError("the file of responses is empty")
+    counts = Counter(len(group) for group in groups.values())
+    if len(counts) > 1:
+        raise ValueError("problems have different numbers of samples (" + ", ".join(
+            f"{problems} have {samples}" for samples, problems in sorted(counts.items())) + "): finish the run first")
+    return [sorted(group, key=lambda trajectory: trajectory.sample) for group in groups.values()]
+
+
+def grade_all(groups: list[Group], grader: Grader) -> list[dict[str, str | int | bool]]:
+    """Set `correct` on every trajectory; returns the answers where plain string match says otherwise."""
+    trajectories = [trajectory for group in groups for trajectory in group]
+
+    def grade(trajectory: Trajectory) -> bool:
+        return trajectory.boxed is not None and grader.equivalent(trajectory.answer, trajectory.boxed)
+
+    with ThreadPoolExecutor(8) as pool:
+        for trajectory, correct in zip(trajectories, tqdm(
+                pool.map(grade, trajectories), total=len(trajectories), desc="grading"), strict=True):
+            trajectory.correct = correct
+    return [{"id": t.id, "sample": t.sample, "gold": t.answer, "boxed": t.boxed, "math_verify": t.correct}
+            for t in trajectories if t.boxed is not None and (t.answer.strip() == t.boxed.strip()) != t.correct]
+
+
+def compute_metrics(groups: list[Group], grader: Grader) -> dict[str, dict[str, float | int | None]]:
+    """Every metric of method, section 6, by name."""
+    samples = len(groups[0])
+    classes = [answer_classes(group, grader) for group in groups]
+    powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
+    metrics = {f"avg@{samples}": per_problem(groups, lambda group: np.mean([t.correct for t in group]))}
+    for k in powers:
+        metrics[f"pass@{k}"] = per_problem(groups, lambda g: pass_at_k(len(g), sum(t.correct for t in g), k))
+    for k in powers[1:]:
+        metrics[f"maj@{k}"] = bootstrap([majority_at_k(g, c, k) for g, c in zip(groups, classes, strict=True)])
+    metrics[f"best_of_{samples}"] = bootstrap(
+        [float(group[best_of(group, c)].correct) for group, c in zip(groups, classes, strict=True)])
+    metrics["code_ratio"] = share(groups, lambda t: bool(kept_executions(t)), lambda t: True)
+    metrics |= execution_metrics(groups)
+    for name, count in (("response_tokens", lambda t: len(t.response_ids)), ("tokens_generated", lambda t: t.tokens_generated),
+                        ("corrections", lambda t: t.corrections), ("code_rounds", lambda t: len(kept_executions(t)))):
+        metrics[name] = per_problem(groups, lambda group: np.mean([count(t) for t in group]))
+    outcomes = Counter(run.outcome for group in groups for t in group for run in kept_executions(t))
+    finishes = Counter(t.finish for group in groups for t in group)
+    metrics["outcomes"] = {outcome: outcomes[outcome] for outcome in OUTCOMES if outcomes[outcome]}
+    metrics["finishes"] = dict(sorted(finishes.items()))
+    return metrics
+
+
+def execution_metrics(groups: list[Group]) -> dict[str, dict[str, float | int | None]]:
+    """Pass rates pooled over executions, and how often a response is right if all its code ran, or some did not."""
+    def all_runs(trajectory: Trajectory) -> list[bool]:
+        return [run.passed for run in kept_executions(trajectory)]
+
+    def first_tries(trajectory: Trajectory) -> list[bool]:
+        """One entry a step: the first attempt at it, dropped or kept."""
+        retried = {attempt.step for attempt in trajectory.attempts}
+        kept = [run.passed for step, run in enumerate(trajectory.executions) if run is not None and step not in retried]
+        return kept + [False] * len(retried)
+
+    def clean(trajectory: Trajectory) -> bool:
+        return all(all_runs(trajectory))
+
+    has_code = lambda t: bool(all_runs(t))  # noqa: E731
+    return {
+        "execution_pass_rate": pooled(groups, all_runs),
+        "first_try_pass_rate": pooled(groups, first_tries),
+        "correct_if_all_ran": share(groups, lambda t: t.correct, lambda t: has_code(t) and clean(t)),
+        "correct_if_some_failed": share(groups, lambda t: t.correct, lambda t: has_code(t) and not clean(t)),
+    }
+
+
+def per_problem(groups: list[Group], value: Callable[[Group], float]) -> dict[str, float | None]:
+    """A mean over problems."""
+    return bootstrap([float(value(group)) for group in groups])
+
+
+def share(groups: list[Group], hit: Callable[[Trajectory], bool],
+          among: Callable[[Trajectory], bool]) -> dict[str, float | int | None]:
+    """The share of `hit` among the responses for which `among` holds; `n` is how many those are."""
+    numbers = [sum(among(t) for t in group) for group in groups]
+    hits = [sum(bool(among(t) and hit(t)) for t in group) for group in groups]
+    return bootstrap(hits, numbers) | {"n": sum(numbers)}
+
+
+def pooled(groups: list[Group], outcomes: Callable[[Trajectory], list[bool]]) -> dict[str, float | int | None]:
+    """A rate pooled over whatever `outcomes` lists; `n` is how many entries there are."""
+    numbers = [sum(len(outcomes(t)) for t in group) for group in groups]
+    return bootstrap([sum(sum(outcomes(t)) for t in group) for group in groups], numbers) | {"n": sum(numbers)}
+
+
+def answer_classes(group: Group, grader: Grader) -> list[int | None]:
+    """For each sample the number of its answer's class: the first sample with an equivalent answer; None without a box."""
+    classes: list[int | None] = []
+    for sample, trajectory in enumerate(group):
+        found = None if trajectory.boxed is None else next(
+            (first for first in dict.fromkeys(c for c in classes if c is not None)
+             if grader.equivalent(group[first].boxed, trajectory.boxed)), sample)
+        classes.append(found)
+    return classes
+
+
+def majority_at_k(group: Group, classes: list[int | None], k: int) -> float:
+    """Share of the k-subsets of the samples whose largest class is right; all subsets, or MAX_SUBSETS seeded ones."""
+    rng = np.random.default_rng(0)
+    subsets = list(combinations(range(len(group)), k)) if comb(len(group), k) <= MAX_SUBSETS else [
+        sorted(rng.choice(len(group), k, replace=False)) for _ in range(MAX_SUBSETS)]
+    return float(np.mean([_majority_is_right(group, classes, subset) for subset in subsets]))
+
+
+def _majority_is_right(group: Group, classes: list[int | None], subset: tuple[int, ...]) -> bool:
+    """Ties go to the class with the lowest sample index; no box at all is wrong."""
+    sizes = Counter(classes[sample] for sample in subset if classes[sample] is not None)
+    if not sizes:
+        return False
+    winner = next(sample for sample in subset if classes[sample] is not None
+                  and sizes[classes[sample]] == max(sizes.values()))
+    return bool(group[winner].correct)
+
+
+def best_of(group: Group, classes: list[int | None]) -> int:
+    """Which sample to trust without a label: highest pass rate of its code (none is 0), largest class, lowest index."""
+    sizes = Counter(c for c in classes if c is not None)
+
+    def score(sample: int) -> tuple[float, int, int]:
+        runs = [run.passed for run in kept_executions(group[sample])]
+        return (sum(runs) / len(runs) if runs else 0.0, sizes[classes[sample]], -sample)
+
+    return max(range(len(group)), key=score)
+
+
+def settings_of(options: EvaluateOptions, groups: list[Group]) -> dict[str, str | int | float | bool | None]:
+    """What made the numbers: the flags, or for a given file what was written beside it; and the versions."""
+    settings = asdict(options)
+    if options.responses:
+        beside = Path(options.responses + ".settings.json")
+        known = json.loads(beside.read_text()) if beside.is_file() else {}
+        settings = {name: known.get(name) for name in settings} | {
+            "responses": options.responses, "graders": options.graders}
+    versions = {name: version(name) for name in ("torch", "transformers", "math-verify", "sympy")}
+    return settings | {"problems": len(groups), "samples": len(groups[0]), "grade_seconds": GRADE_SECONDS,
+                       "versions": {"python": platform.python_version(), **versions}}
+
+
+def table(metrics: dict[str, dict[str, float | int | None]]) -> str:
+    """The metrics for a console."""
+    lines = []
+    for name, metric in metrics.items():
+        if "value" not in metric:
+            lines.append(f"{name:24} " + ", ".join(f"{key} {count}" for key, count in metric.items()))
+        elif metric["value"] is None:
+            lines.append(f"{name:24} –")
+        else:
+            number = f"  (n = {metric['n']})" if "n" in metric else ""
+            lines.append(f"{name:24} {metric['value']:8.3f}  [{metric['low']:.3f}, {metric['high']:.3f}]{number}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    config.run(main, EvaluateOptions, __doc__)

@@ -1,0 +1,161 @@
+"""Every number of evaluate.py on cases small enough to count by hand."""
+
+import json
+from itertools import combinations
+
+import pytest
+
+import evaluate
+from evaluate import EvaluateOptions, answer_classes, best_of, compute_metrics, majority_at_k, table
+from thor import config
+from thor.reward import Grader
+from thor.trajectory import Attempt, Execution, Span, Trajectory, to_json
+
+PASS, FAIL = Execution("ok", "1", "", 0.1), Execution("error", "", "NameError", 0.1)
+
+
+def solution(problem: str, sample: int, boxed: str | None, runs: str = "", answer: str = "1/2",
+             attempts: int = 0) -> Trajectory:
+    """`runs` has a letter for each code block: p passed, f failed, - not run."""
+    executions = [{"p": PASS, "f": FAIL, "-": None}[letter] for letter in runs]
+    return Trajectory(problem, sample, "?", answer, [1], [2, 3], spans=[Span("think", 0, 2)], executions=executions, boxed=boxed, finish="eos",
+                      attempts=[Attempt(0, 0, [2], [0.0], FAIL)] * attempts, corrections=attempts, tokens_generated=2)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(1) as grader:
+        yield grader
+
+
+def graded(group: list[Trajectory], grader: Grader) -> list[Trajectory]:
+    evaluate.grade_all([group], grader)
+    return group
+
+
+@pytest.fixture(scope="module")
+def metrics(grader) -> dict:
+    groups = [graded([solution("a", 0, "0.5", "pp"), solution("a", 1, "3", "pf")], grader),
+              graded([solution("b", 0, None, ""), solution("b", 1, r"\frac12", "f-", attempts=2)], grader)]
+    return compute_metrics(groups, grader)
+
+
+@pytest.mark.parametrize("name, value, n", [
+    ("avg@2", 0.5, None),                      # a: 1 of 2, b: 1 of 2
+    ("pass@1", 0.5, None),
+    ("pass@2", 1.0, None),
+    ("maj@2", 1.0, None),                      # a: tie, and sample 0 is right; b: a sample without a box joins no class
+    ("code_ratio", 3 / 4, 4),
+    ("execution_pass_rate", 3 / 5, 5),         # p p | p f | | f ; the block that never ran counts nowhere
+    ("first_try_pass_rate", 3 / 5, 5),         # b's first try at step 0 failed, as its kept one did
+    ("correct_if_all_ran", 1.0, 1),
+    ("correct_if_some_failed", 1 / 2, 2),
+    ("corrections", 0.5, None),
+])
+def test_metrics_are_what_counting_by_hand_gives(metrics, name, value, n):
+    assert metrics[name]["value"] == pytest.approx(value) and metrics[name].get("n") == n
+
+
+def test_outcomes_and_finishes_are_counted(metrics):
+    assert metrics["outcomes"] == {"ok": 3, "error": 2} and metrics["finishes"] == {"eos": 4}
+
+
+def test_a_response_without_code_is_in_neither_conditional_and_an_empty_denominator_is_null(grader):
+    found = compute_metrics([graded([solution("a", 0, "0.5")], grader)], grader)
+    for name in ("correct_if_all_ran", "correct_if_some_failed", "execution_pass_rate"):
+        assert found[name] == {"value": None, "low": None, "high": None, "n": 0}
+    assert "–" in table(found)
+
+
+def test_answers_are_grouped_by_equivalence_with_the_first_member(grader):
+    group = [solution("a", i, box) for i, box in enumerate(["2", "0.5", None, r"\frac12", "2.0", "1/2"])]
+    assert answer_classes(group, grader) == [0, 1, None, 1, 0, 1]
+
+
+def test_majority_is_the_share_of_subsets_whose_largest_class_is_right(grader):
+    group = graded([solution("a", i, box) for i, box in enumerate(["2", "1/2", "0.5", None])], grader)
+    classes = answer_classes(group, grader)
+    assert majority_at_k(group, classes, 4) == 1.0  # two halves against one 2
+    by_hand = {(0, 1): 0, (0, 2): 0, (0, 3): 0, (1, 2): 1, (1, 3): 1, (2, 3): 1}  # ties: the lowest sample
+    assert list(by_hand) == list(combinations(range(4), 2))
+    assert majority_at_k(group, classes, 2) == pytest.approx(sum(by_hand.values()) / 6)
+
+
+def test_majority_over_many_samples_is_a_seeded_estimate(grader):
+    group = graded([solution("a", i, "1/2" if i % 3 else "2") for i in range(24)], grader)
+    classes = answer_classes(group, grader)
+    assert majority_at_k(group, classes, 12) == majority_at_k(group, classes, 12)
+    assert 0.8 < majority_at_k(group, classes, 12) <= 1.0
+
+
+@pytest.mark.parametrize("group, best", [
+    ([("1", ""), ("2", "pf"), ("3", "pp")], 2),               # highest pass rate; no code is 0
+    ([("1", ""), ("2", "f"), ("2", "")], 1),                  # all 0: the largest class, then the lowest index
+    ([("1", "p"), ("2", "p"), ("2.0", "p")], 1),
+    ([("1", "p"), ("2", "p")], 0),
+    ([(None, ""), ("2", "")], 1),
+])
+def test_best_of_n_needs_no_label(grader, group, best):
+    samples = [solution("a", i, box, runs) for i, (box, runs) in enumerate(group)]
+    assert best_of(samples, answer_classes(samples, grader)) == best
+
+
+def write(path, trajectories) -> str:
+    path.write_text("".join(to_json(t) + "\n" for t in trajectories))
+    return str(path)
+
+
+def test_the_command_grades_a_file_and_records_every_setting(tmp_path, capsys):
+    responses = write(tmp_path / "r.jsonl", [solution(p, s, "0.5", "p") for p in "abc" for s in (0, 1)])
+    (tmp_path / "r.jsonl.settings.json").write_text(json.dumps({"temperature": 0.6, "seed": 7}))
+    out = tmp_path / "scores.json"
+    config.run(evaluate.main, EvaluateOptions, "", ["--responses", responses, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["metrics"]["avg@2"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    settings = result["settings"]
+    assert (settings["temperature"], settings["seed"], settings["samples"], settings["problems"]) == (0.6, 7, 2, 3)
+    assert set(settings["versions"]) == {"python", "torch", "transformers", "math-verify", "sympy"}
+    lines = (tmp_path / "scores.disagreements.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and json.loads(lines[0])["math_verify"] is True  # "0.5" is not the string "1/2"
+    assert "avg@2" in capsys.readouterr().out
+
+
+def test_generating_and_grading_in_one_command(tiny_directory, tmp_path):
+    problems = tmp_path / "p.jsonl"
+    problems.write_text("".join(json.dumps({"id": str(n), "question": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(4)))
+    out = tmp_path / "scores.json"
+    arguments = ["--model", str(tiny_directory), "--benchmark", str(problems), "--out", str(out), "--style", "base",
+                 "--instruction", "", "--samples", "2", "--max_response_tokens", "100"]
+    config.run(evaluate.main, EvaluateOptions, "", arguments)
+    result = json.loads(out.read_text())
+    assert result["metrics"]["code_ratio"]["n"] == 8 and result["settings"]["max_response_tokens"] == 100
+    assert len((tmp_path / "scores.responses.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "--out is missing"),
+    (["--out", "DIR/x.json"], "give --responses FILE"),
+    (["--out", "DIR/x.json", "--responses", "none.jsonl"], "does not exist"),
+    (["--out", "DIR", "--responses", "GOOD"], "cannot be written"),
+    (["--out", "DIR/no/x.json", "--responses", "GOOD"], "cannot be written"),
+    (["--out", "DIR/x.json", "--responses", "TWICE"], "line 2: sample 0 of problem 'a' has been seen before"),
+    (["--out", "DIR/x.json", "--responses", "UNEVEN"], "different numbers of samples"),
+    (["--out", "DIR/x.json", "--responses", "NO_ANSWER"], "has no answer"),
+    (["--out", "DIR/x.json", "--responses", "BROKEN"], "line 1: not JSON"),
+    (["--out", "DIR/x.json", "--responses", "EMPTY"], "is empty"),
+    (["--out", "DIR/x.json", "--benchmark", "gsm9k", "--model", "m"], "math-500, aime-2024"),
+    (["--out", "DIR/x.json", "--benchmark", "math-500", "--model", "m"], "local JSON-lines file"),
+    (["--out", "DIR/x.json", "--benchmark", "math-500"], "--model is missing"),
+])
+def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, message, capsys):
+    one = solution("a", 0, "1")
+    files = {"GOOD": [one], "TWICE": [one, one], "UNEVEN": [one, solution("b", 0, "1"), solution("b", 1, "1")],
+             "NO_ANSWER": [solution("a", 0, "1", answer=None)], "EMPTY": []}
+    places = {name: write(tmp_path / name, trajectories) for name, trajectories in files.items()}
+    (tmp_path / "BROKEN").write_text("{\n")
+    places["BROKEN"] = str(tmp_path / "BROKEN")
+    given = [places.get(argument, argument.replace("DIR", str(tmp_path))) for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        config.run(evaluate.main, EvaluateOptions, "", given)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and message in printed and "Traceback" not in printed
