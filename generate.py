@@ -246,7 +246,8 @@ def render(trajectory: Trajectory, template: Template, colour: bool) -> str:
             position = attempt.start
             parts.append(f"{paint['dropped']}[dropped: {template.decode(attempt.response_ids)} → "
                          f"{attempt.execution.error}]{paint['end']}")
-        text = template.decode(trajectory.response_ids[position:span.end])
+        end = span.end - (trajectory.finish == "eos" and span is trajectory.spans[-1])  # nobody wants to read the EOS
+        text = template.decode(trajectory.response_ids[position:end])
         parts.append(f"{paint.get(span.kind, '')}{text}{paint['end']}" if span.kind in paint else text)
     answer = "none" if trajectory.boxed is None else trajectory.boxed
     parts.append(f"\n--- answer: {answer} · finish: {trajectory.finish} · {len(trajectory.executions)} code blocks · "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_model import logits_of, some_sequences
 
-from thor.engine import Engine, Sequence
+from thor.engine import Counts, Engine, Sequence
 from thor.model import Decoder, ModelConfig
 from thor.sampling import Sampling, filtered_logprobs, noise_key, uniform
 from thor.weights import load_model
@@ -69,12 +69,12 @@ def check_token(logits: torch.Tensor, token: int, noise: float, sampling: Sampli
 @torch.no_grad()
 def test_the_log_prob_of_a_token_equals_a_plain_forwards_also_after_forks_backtracks_and_evictions(random_directory):
     model, errors = load_model(random_directory), []
-    for seed in range(3):
+    for seed in range(2):
         engine = Engine(model, {3, 5}, num_slots=3, max_tokens=60, chunk_tokens=7)
         errors += run(random_program(engine, model, random.Random(seed)))
         assert engine.counts.evictions and engine.counts.copied
         assert not engine._requests and len(engine.cache._free) == 3
-    assert len(errors) > 500
+    assert len(errors) > 300
     assert max(errors) < 2e-4
     assert sum(errors) / len(errors) < 2e-5
 
@@ -178,16 +178,15 @@ def trajectories(model: Decoder, names: list[int], num_slots: int, chunk_tokens:
     return dict(zip(names, run(together()))), engine
 
 
-@pytest.mark.parametrize("num_slots, chunk_tokens", [(40, 512), (7, 512), (2, 512), (1, 13), (40, 1)])
-def test_a_trajectory_does_not_depend_on_its_batch_mates(random_directory, num_slots, chunk_tokens):
-    model, names = load_model(random_directory), list(range(10))
-    alone = {}
+def test_a_trajectory_does_not_depend_on_its_batch_mates(random_directory):
+    model, names, alone = load_model(random_directory), list(range(8)), {}
     for name in names:
         alone |= trajectories(model, [name], 40, 512, seed=0)[0]
-    random.Random(num_slots).shuffle(names)
-    together, engine = trajectories(model, names, num_slots, chunk_tokens, seed=num_slots)
-    assert together == alone  # ids, and log-probs to the last bit
-    assert (engine.counts.evictions > 0) == (num_slots < 10)
+    for num_slots, chunk_tokens in ((40, 512), (2, 13), (1, 512)):
+        random.Random(num_slots).shuffle(names)
+        together, engine = trajectories(model, names, num_slots, chunk_tokens, seed=num_slots)
+        assert together == alone  # ids, and log-probs to the last bit
+        assert (engine.counts.evictions > 0) == (num_slots < 8)
 
 
 def test_the_self_test_passes_here_and_fails_for_a_model_whose_tokens_feel_their_mates(random_directories):
@@ -274,18 +273,19 @@ def test_finished_rows_cost_nothing(model):
 
 
 def test_what_an_eviction_costs_is_counted_and_nothing_else_is_read_again(model):
-    async def waves(num_slots: int) -> Engine:
+    async def waves(num_slots: int) -> tuple[Counts, list[Sequence]]:
         engine = Engine(model, NO_EOS, num_slots, max_tokens=60)
         sequences = [engine.new([i, 1, 2], noise_key(i)) for i in range(10)]
         for _ in range(3):
             await asyncio.gather(*(engine.sample(sequence, Sampling(), 10) for sequence in sequences))
-        return engine
+        return engine.counts, sequences
 
-    plenty, short = run(waves(10)).counts, run(waves(2)).counts
-    assert plenty.evictions == 0 and short.evictions == 28
-    kept_to_the_end = sum(5 * [2]) * 0  # nobody returns after the third wave, so what was evicted in it is not read again
-    third_wave = 8 * 32
-    assert short.fed == plenty.fed + short.evicted - third_wave - kept_to_the_end
+    plenty, sequences = run(waves(10))
+    assert (plenty.evictions, plenty.fed) == (0, 10 * 32)
+    short, again = run(waves(2))
+    assert short.evictions > 10
+    assert short.fed == short.evicted + sum(sequence.cached for sequence in again)
+    assert [sequence.ids for sequence in again] == [sequence.ids for sequence in sequences]
 
 
 def test_a_fork_of_an_evicted_parent_takes_over_its_slot(model):
@@ -363,17 +363,18 @@ def test_a_tool_call_overlaps_with_decoding(model):
 
 def test_a_model_error_reaches_every_coroutine_and_the_engine_recovers(model):
     async def break_and_go_on() -> tuple[list, Sequence]:
-        engine = Engine(model, NO_EOS, num_slots=2, max_tokens=64)
+        engine = Engine(model, NO_EOS, num_slots=4, max_tokens=64)
         good = [engine.new([1, 2, 3 + i], noise_key(i)) for i in range(3)]
+        await asyncio.gather(*(engine.sample(sequence, Sampling(), 4) for sequence in good))
         bad = engine.new([1, 2, 10**6], b"")  # no such token in the vocabulary
         errors = await asyncio.gather(*(engine.sample(sequence, Sampling(), 8) for sequence in [*good, bad]),
                                       return_exceptions=True)
         engine.free(bad)
-        await asyncio.gather(*(engine.sample(sequence, Sampling(), 11 - len(sequence.ids)) for sequence in good))
+        await asyncio.gather(*(engine.sample(sequence, Sampling(), 4) for sequence in good))
         return errors, good[0]
 
     errors, sequence = run(break_and_go_on())
-    assert [type(error) for error in errors] == [IndexError] * 4 or [type(e) for e in errors].count(IndexError) >= 2
+    assert [type(error) for error in errors] == [IndexError] * 4
 
     async def undisturbed() -> Sequence:
         engine = Engine(model, NO_EOS, num_slots=2, max_tokens=64)

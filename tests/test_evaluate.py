@@ -18,8 +18,10 @@ def solution(problem: str, sample: int, boxed: str | None, runs: str = "", answe
              attempts: int = 0) -> Trajectory:
     """`runs` has a letter for each code block: p passed, f failed, - not run."""
     executions = [{"p": PASS, "f": FAIL, "-": None}[letter] for letter in runs]
-    return Trajectory(problem, sample, "?", answer, [1], [2, 3], spans=[Span("think", 0, 2)], executions=executions, boxed=boxed, finish="eos",
-                      attempts=[Attempt(0, 0, [2], [0.0], FAIL)] * attempts, corrections=attempts, tokens_generated=2)
+    end = len(runs)
+    spans = [Span("act", block, block + 1) for block in range(end)] + [Span("think", end, end + 1)]
+    return Trajectory(problem, sample, "?", answer, [1], [2] * (end + 1), spans=spans, executions=executions, boxed=boxed,
+                      finish="eos", attempts=[Attempt(0, 0, [2], [0.0], FAIL)] * attempts, corrections=attempts, tokens_generated=2)
 
 
 @pytest.fixture(scope="module")
