@@ -51,7 +51,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, then scaled in the input's dtype."""
+    """x / rms(x) in float32 (float64 stays), then scaled in the input's dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        wide = at_least_float32(x)
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -139,8 +139,8 @@ class Decoder(nn.Module):
         return self.model["norm"](x)
 
     def logits(self, hidden_TE: Tensor) -> Tensor:
-        """Next-token logits [T, V] in float32: the one place where logits get their precision."""
-        return F.linear(hidden_TE, self.head_weight).float()
+        """Next-token logits [T, V] in float32 (float64 stays): the one place where logits get their precision."""
+        return at_least_float32(F.linear(hidden_TE, self.head_weight))
 
     @property
     def head_weight(self) -> Tensor:
@@ -155,6 +155,11 @@ def silu(x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.silu(x)
     return x / (1.0 + torch.exp(-x))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
