@@ -1,6 +1,5 @@
 """Fixtures shared by the test files: a tiny trained model, tiny random models of every type, a fixed number of threads."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import thor.attention  # noqa: E402, F401  (before the first matrix product: it chooses how MKL computes)
 import tiny  # noqa: E402
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(1)  # the models are tiny; tests of the number of threads, and of a real model, set their own
 
 SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2,
          "max_position_embeddings": 256}

@@ -95,13 +95,13 @@ def test_a_token_has_the_same_bits_whatever_its_batch_mates(shape, qk_norm, long
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_token_has_the_same_bits_for_every_fixed_number_of_threads(num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert_same_bits(model_of((9, 3, 64), 4099, 576, 1536), 20, 90, 40)
-        assert_same_bits(model_of((7, 1, 32), 515, 300, 1000), 20, 90, 40)
+        assert_same_bits(model_of((9, 3, 64), 4099, 576, 1536), 8, 90, 40)
+        assert_same_bits(model_of((7, 1, 32), 515, 300, 1000), 8, 90, 40)
     finally:
         torch.set_num_threads(before)
 

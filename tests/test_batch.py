@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thor.attention import packed
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
@@ -218,3 +219,40 @@ def test_ratios_are_one_when_the_trainer_scores_what_it_just_scored(model):
     fresh = [replace(s, old_logprobs=scored[a:b]) for s, a, b in zip(samples, cut, cut[1:], strict=False)]
     tokens = loss_tokens(fresh, make_pack(fresh), torch.float64)
     assert math.isclose((score(model, make_pack(fresh))[0] - tokens.old_logprobs).abs().max().item(), 0.0, abs_tol=1e-12)
+
+
+def test_an_empty_pack_runs_the_same_forward_and_gives_every_parameter_a_gradient_of_zero():
+    """Under FSDP a rank without work would otherwise leave the others waiting."""
+    untied = Decoder(replace(SHAPE, tied_head=False)).double()
+    pack = make_pack([])
+    loss = hierarchical_loss(score(untied, pack)[0], loss_tokens([], pack, torch.float64), Counts(10, 5, 3, 1), LossOptions())
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and p.grad.abs().max() == 0 for p in untied.parameters())
+
+
+def test_more_ranks_than_sequences_give_empty_packs():
+    packs = deal_packs([3], 10, 3)
+    assert sorted(len(pack) for of_rank in packs for pack in of_rank) == [0, 0, 1]
+
+
+class LargestRows(TorchDispatchMode):
+    """Watches every operation, and remembers the most rows of vocabulary size that any of them made."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[1] == 499:
+                self.rows = max(self.rows, tensor.shape[0])
+        return out
+
+
+def test_the_full_logits_never_exist_forward_or_backward():
+    """No operation makes more than a chunk of logits, and the graph keeps none of them until the backward pass."""
+    wide, kept = Decoder(replace(SHAPE, vocab_size=499)), []
+    pack = make_pack([Sample([1] * 200, [False] + [True] * 199, [])])
+    with LargestRows() as watch, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        score(wide, pack, chunk_tokens=20)[0].sum().backward()
+    assert watch.rows == 20 and not [shape for shape in kept if shape == (20, 499)]

@@ -189,3 +189,14 @@ def test_clip_statistics_count_only_tokens_whose_term_the_clip_changes():
     found = loss_statistics(new, tokens, LossOptions())
     assert (found["tokens"], found["clipped_high"], found["clipped_low"]) == (5, 1, 1)
     assert found["sampler_gap"] == pytest.approx(1.0) and found["kl_old"] > 0
+
+
+def test_a_ratio_too_large_for_a_float_costs_no_nan_gradient():
+    logprobs = torch.zeros(2, requires_grad=True)
+    clipped_surrogate(logprobs, torch.tensor([-100.0, -100.0]), torch.tensor([1.0, -1.0]), 0.2, 0.28, 3.0).sum().backward()
+    assert logprobs.grad.tolist() == [0, 0]
+
+
+def test_a_reward_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        group_advantages(doubles(float("nan"), 1), torch.tensor([0, 0]))

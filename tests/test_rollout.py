@@ -11,7 +11,7 @@ import tiny
 from thor.attention import packed
 from thor.data import Problem
 from thor.engine import Engine
-from thor.rollout import RolloutOptions, Tools, answer_part, solve_group
+from thor.rollout import FailedStep, RolloutOptions, Tools, answer_part, branch_group, solve_group
 from thor.sampling import Sampling
 from thor.template import Template, code_of, observation_text
 from thor.trajectory import Execution, Trajectory, check_spans, code_steps, loss_mask, to_json
@@ -296,3 +296,53 @@ def test_a_reasoning_model_answers_after_its_last_think():
 def test_negative_budgets_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} is -1"):
         RolloutOptions(**{name: -1})
+
+
+def branches_of(model, template, num_branches: int = 6, suffix_tokens: int = 6, slots: int = 8) -> tuple[
+        list[FailedStep], list[list[Trajectory]], Engine]:
+    """The failed steps of a training round, and the branches grown from each of them."""
+    options = replace(OPTIONS, max_corrections=0, stop_at_failure=True, suffix_tokens=suffix_tokens)
+    engine = Engine(model, {template.tokenizer.eos_token_id}, slots, 256)
+    tools, failures = Tools(engine, ToySandbox(), template), []
+
+    async def done(trajectory: Trajectory) -> None:
+        pass
+
+    async def run() -> list[list[Trajectory]]:
+        gate = asyncio.Semaphore(slots)
+        await asyncio.gather(*(solve_group(tools, problem, list(range(4)), options, gate, done, failures)
+                               for problem in PROBLEMS))
+        failures.sort(key=lambda failed: (failed.trajectory.id, failed.trajectory.sample))
+        return await asyncio.gather(*(branch_group(tools, failed, num_branches, 60, options, gate) for failed in failures))
+
+    return failures, asyncio.run(run()), engine
+
+
+def test_a_branch_is_one_think_act_step_from_the_anchor_of_a_failed_one(model, template):
+    failures, groups, _ = branches_of(model, template)
+    assert failures and any(branch.executions and branch.executions[0].passed for group in groups for branch in group)
+    for failed, group in zip(failures, groups, strict=True):
+        source = failed.trajectory.prompt_ids + failed.trajectory.response_ids
+        assert len(group) == 6 and len({tuple(branch.response_ids) for branch in group}) > 1
+        for branch in group:
+            assert branch.prompt_ids == source[:failed.anchor] and len(branch.response_ids) <= 60
+            assert [span.kind for span in branch.spans] in (["think", "act"], ["act"], ["think"])
+            assert (branch.finish == "rounds") == (branch.spans[-1].kind == "act") == (len(branch.executions) == 1)
+            assert None not in branch.logprobs, "nothing is appended"
+
+
+def test_the_anchor_of_a_branch_lies_at_most_suffix_tokens_before_the_code(model, template):
+    for suffix in (0, 3, 10_000):
+        for failed in branches_of(model, template, num_branches=1, suffix_tokens=suffix)[0]:
+            act = failed.trajectory.spans[-1]
+            act_start = len(failed.trajectory.prompt_ids) + act.start
+            assert failed.anchor == max(failed.start, act_start - suffix)
+
+
+def test_branches_are_the_same_with_little_memory_and_leave_nothing_in_it(model, template):
+    """The prefix of a failed step may be evicted before its branches grow; then it is computed again, and counted."""
+    _, plenty, roomy = branches_of(model, template, slots=64)
+    _, little, tight = branches_of(model, template, slots=2)
+    assert [[to_json(b) for b in group] for group in plenty] == [[to_json(b) for b in group] for group in little]
+    assert tight.counts.evicted > 0 == roomy.counts.evicted
+    assert tight.cache.take() is not None and tight.cache.take() is not None

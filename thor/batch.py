@@ -103,7 +103,11 @@ def _fill(order: list[int], lengths: list[int], num_bins: int) -> list[list[int]
 
 
 def make_pack(samples: list[Sample], device: torch.device | str = "cpu") -> Pack:
-    """Lay some sequences out one after another. The first token of a sequence has nothing before it and is never trained."""
+    """Lay some sequences out one after another. The first token of a sequence has nothing before it and is never trained.
+
+    No sequence at all gives one token that is read and not scored, so that a rank without work runs the same forward.
+    """
+    samples = samples or [Sample([0], [False], [])]
     ids, positions, rows, targets, sequence = [], [], [], [], []
     for number, sample in enumerate(samples):
         assert not sample.trained[0], "the first token of a sequence cannot be scored"
@@ -123,13 +127,14 @@ def loss_tokens(samples: list[Sample], pack: Pack, dtype: torch.dtype = torch.fl
     def per_token(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=pack.rows.device)
 
-    counts = torch.tensor([sample.num_trained for sample in samples], device=pack.rows.device)
+    counts = torch.tensor([sample.num_trained for sample in samples], dtype=torch.int64, device=pack.rows.device)
+    is_step = torch.tensor([sample.is_step for sample in samples], dtype=torch.bool, device=pack.rows.device)
     assert all(sample.old_logprobs is not None for sample in samples), "score the samples with π_old first"
     return Tokens(
         old_logprobs=per_token([p for sample in samples for p in sample.old_logprobs]),
         sampler_logprobs=per_token([p for sample in samples for p in sample.sampler_logprobs]),
         advantages=per_token([sample.advantage for sample in samples]).repeat_interleave(counts),
-        is_step=torch.tensor([sample.is_step for sample in samples], device=pack.rows.device).repeat_interleave(counts),
+        is_step=is_step.repeat_interleave(counts),
         sequence=pack.sequence)
 
 

@@ -179,7 +179,7 @@ class Engine:
                     self.step()
             except Exception as error:  # whoever waits must hear of it, or the run would hang
                 for request in self._requests:
-                    pass  # what its cache holds is not known any more
+                    self._drop_slot(request.sequence)  # what its cache holds is not known any more
                     if not request.future.done():
                         request.future.set_exception(error)
                 self._requests = []

@@ -7,6 +7,7 @@ optimizer step, all ranks and micro-batches; a micro-batch therefore adds its sh
 N trajectories · T trained tokens
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -67,8 +68,10 @@ def group_advantages(rewards_N: Tensor, group_ids_N: Tensor, normalize_std: bool
 
     Groups are told apart by their integer ids, in any order. A group with one member or with equal rewards gets 0.
     `normalize_std=False` leaves the division out (Dr. GRPO). Example: rewards 1, 0, 0 in one group give 1.155, −0.577,
-    −0.577.
+    −0.577. ValueError for a reward that is not finite.
     """
+    if len(rewards_N) != len(group_ids_N) or not rewards_N.isfinite().all():
+        raise ValueError(f"every reward must be a finite number with a group id, got {rewards_N} and {group_ids_N}")
     rewards = rewards_N.double()
     _, group_N = torch.unique(group_ids_N, return_inverse=True)
     size = torch.bincount(group_N).double()
@@ -89,11 +92,16 @@ def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
 def clipped_surrogate(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float,
                       dual_clip: float | None) -> Tensor:
     """Eq. 4 and 5: −s per token, with s = min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â), and s ← max(s, c Â) where Â < 0."""
-    ratio = (logprobs_T - old_logprobs_T).exp()
+    ratio = safe_exp(logprobs_T - old_logprobs_T)
     s = torch.minimum(ratio * advantages_T, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
     if dual_clip is not None:
         s = torch.where(advantages_T < 0, torch.maximum(s, dual_clip * advantages_T), s)
     return -s
+
+
+def safe_exp(log_ratio_T: Tensor) -> Tensor:
+    """exp, stopped at the square root of the largest number: where the clip is flat, 0 · inf would give a NaN gradient."""
+    return log_ratio_T.clamp(max=math.log(torch.finfo(log_ratio_T.dtype).max) / 2).exp()
 
 
 def token_surrogates(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> Tensor:
@@ -160,10 +168,10 @@ def k3(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
 def loss_statistics(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> dict[str, float]:
     """Sums over this micro-batch's tokens, to be added up and divided by `tokens`: clipping, KL to π_old, the sampler gap.
 
-    A token counts as clipped where the clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
+    `sampler_gap_max` alone is no sum: of several micro-batches the largest counts. A token counts as clipped where the clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
     """
     log_ratio = logprobs_T.detach() - tokens.old_logprobs
-    ratio, gap = log_ratio.exp(), (tokens.old_logprobs - tokens.sampler_logprobs).abs()
+    ratio, gap = safe_exp(log_ratio), (tokens.old_logprobs - tokens.sampler_logprobs).abs()
     high = (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
     low = (ratio < 1 - options.clip_low) & (tokens.advantages < 0)
     return {"tokens": len(ratio), "clipped_high": high.sum().item(), "clipped_low": low.sum().item(),

@@ -16,7 +16,7 @@ from thor.reward import boxed_answer
 from thor.sampling import Sampling, noise_key
 from thor.sandbox import LocalSandbox
 from thor.template import FenceScanner, Template, code_of
-from thor.trajectory import ACT, OBSERVE, THINK, Attempt, Execution, Trajectory, add_span
+from thor.trajectory import ACT, OBSERVE, THINK, Attempt, Execution, Trajectory, add_span, code_steps
 
 # Greedy decoding would repeat what just failed, so a retry is sampled at this temperature (method, section 5).
 GREEDY_RETRY_TEMPERATURE = 0.6
@@ -109,11 +109,26 @@ def rollout_key(options: RolloutOptions, problem_id: str, sample: int, step: int
     return noise_key(options.seed, options.round, problem_id, sample, step, attempt)
 
 
+@dataclass(frozen=True)
+class FailedStep:
+    """A step whose code failed, with its sequence still in memory: where the step level branches (method, section 4.2).
+
+    `start` is where the step's reasoning r^t begins and `anchor` where r_pre ends, positions in the sequence.
+    """
+
+    trajectory: Trajectory
+    sequence: Sequence
+    start: int
+    anchor: int
+
+
 async def solve_group(tools: Tools, problem: Problem, samples: list[int], options: RolloutOptions,
-                      gate: asyncio.Semaphore, done: Callable[[Trajectory], Awaitable[None]]) -> None:
+                      gate: asyncio.Semaphore, done: Callable[[Trajectory], Awaitable[None]],
+                      failures: list[FailedStep] | None = None) -> None:
     """Several independent samples of one problem, whose prompt is read once. `gate` bounds how many run at a time.
 
-    `done` gets each trajectory as it ends, in whatever order they do.
+    `done` gets each trajectory as it ends, in whatever order they do. With `failures`, the sequence of a trajectory that
+    ended at a failed execution is kept and appended there, and the caller frees it.
     """
     engine = tools.engine
     keys = [rollout_key(options, problem.id, sample, 0, 0) for sample in samples]
@@ -128,12 +143,64 @@ async def solve_group(tools: Tools, problem: Problem, samples: list[int], option
                 prompt_read.set()
             await prompt_read.wait()
             trajectory = await solve(tools, problem, sample, sequence, options)
-            if sequence is not first:
+            if failures is not None and trajectory.finish == "failed":
+                failures.append(failed_step(trajectory, sequence, options))
+                kept.add(sample)
+            elif sequence is not first:
                 engine.free(sequence)
             await done(trajectory)
 
+    kept: set[int] = set()
     await asyncio.gather(*map(solve_one, samples, sequences))
-    engine.free(first)  # kept until now: its siblings copy the prompt from it
+    if samples[0] not in kept:
+        engine.free(first)  # not before: its siblings copy the prompt from it
+
+
+def failed_step(trajectory: Trajectory, sequence: Sequence, options: RolloutOptions) -> FailedStep:
+    """The last step of a trajectory that ended with a failure, split into r_pre and r_suf (method, section 4.2)."""
+    step, prompt = code_steps(trajectory)[-1], len(trajectory.prompt_ids)
+    anchor = max(step.start, step.act_start - options.suffix_tokens)
+    return FailedStep(trajectory, sequence, prompt + step.start, prompt + anchor)
+
+
+async def branch_group(tools: Tools, failed: FailedStep, num_branches: int, max_branch_tokens: int,
+                       options: RolloutOptions, gate: asyncio.Semaphore) -> list[Trajectory]:
+    """G' samples of one failed step from its anchor, each ONE think–act step (r_suf, a); frees the step's sequence.
+
+    A branch's prompt is h^t + r_pre. It ends at its first closing fence ("rounds": its one block has run), at EOS, or
+    after `max_branch_tokens`; nothing is appended.
+    """
+    engine, step = tools.engine, len(failed.trajectory.executions) - 1
+    keys = [noise_key(options.seed, options.round, failed.trajectory.id, failed.trajectory.sample, step, "branch", number)
+            for number in range(num_branches)]
+    engine.truncate(failed.sequence, failed.anchor, keys[0])
+    sequences = [engine.fork(failed.sequence, key) for key in keys]
+
+    async def branch(number: int, sequence: Sequence) -> Trajectory:
+        async with gate:
+            grown = await _branch(tools, failed, number, sequence, max_branch_tokens, options)
+            engine.free(sequence)
+            return grown
+
+    branches = await asyncio.gather(*map(branch, range(num_branches), sequences))
+    engine.free(failed.sequence)
+    return branches
+
+
+async def _branch(tools: Tools, failed: FailedStep, number: int, sequence: Sequence, max_branch_tokens: int,
+                  options: RolloutOptions) -> Trajectory:
+    source = failed.trajectory
+    record = Trajectory(source.id, number, source.question, source.answer, prompt_ids=list(sequence.ids),
+                        thinking=source.thinking, seed=options.seed)
+    limit = min(failed.anchor + max_branch_tokens, tools.engine.max_tokens)
+    draft = _Draft(tools, replace(options, max_code_rounds=1), sequence, record, limit, None)
+    tried = await _attempt_step(draft, failed.start, options.sampling)
+    end = len(sequence.ids)
+    act_start = end if tried.act_start is None else tried.act_start
+    draft.add_span(THINK, failed.anchor, act_start)
+    draft.add_span(ACT, act_start, end)
+    record.executions = [] if tried.execution is None else [tried.execution]
+    return _finished(draft, "rounds" if tried.stopped == "stop" else tried.stopped)
 
 
 async def solve(tools: Tools, problem: Problem, sample: int, sequence: Sequence, options: RolloutOptions) -> Trajectory:

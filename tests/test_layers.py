@@ -1,0 +1,86 @@
+"""Who may import whom (design, section 1): layers only point downwards, scripts import the package, never the reverse."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Module -> modules of ours that it may import. A module may import only what stands above it here, so there is no cycle.
+LAYERS = {
+    "trajectory": set(),
+    "grpo": set(),
+    "model": set(),
+    "sampling": set(),
+    "config": set(),
+    "metrics": set(),
+    "toy": set(),
+    "sandbox_server": set(),  # the warm parent that forks: it must not drag anything of ours into what it forks
+    "cache": {"model"},  # for ModelConfig
+    "attention": {"cache", "model"},  # of the latter, types
+    "sandbox": {"sandbox_server", "trajectory"},  # for Limits and Execution
+    "template": {"trajectory"},
+    "reward": {"trajectory"},
+    "filters": {"reward", "trajectory"},  # which box counts is the reward's to say
+    "data": {"template", "trajectory"},
+    "benchmarks": {"data"},
+    "batch": {"attention", "grpo", "model", "trajectory"},  # packs and scores
+    "weights": {"model"},
+    "parallel": {"model", "weights"},
+    "engine": {"attention", "cache", "model", "sampling"},
+    "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},
+}
+MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path for folder in (".", "runs", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, wherever in the file; `from a import b` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith("thor.")}.intersection(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_allows(module):
+    assert module in LAYERS, f"thor/{module}.py has no place in the table"
+    surplus = ours(ROOT / "thor" / f"{module}.py") - LAYERS[module]
+    assert not surplus, f"thor/{module}.py imports {', '.join(sorted(surplus))}"
+
+
+def test_layers_only_point_downwards():
+    order = list(LAYERS)
+    for module, below in LAYERS.items():
+        assert below <= set(order[:order.index(module)])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_package_never_imports_a_script_or_a_test(module):
+    forbidden = {path.stem for path in SCRIPTS if path.parent == ROOT} | {"runs", "tests", "conftest"}
+    assert not {name.split(".")[0] for name in imported(ROOT / "thor" / f"{module}.py")} & forbidden
+
+
+def test_the_package_itself_is_empty():
+    assert (ROOT / "thor" / "__init__.py").read_text() == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_importing_a_script_does_nothing(script):
+    """Its top level holds names and, at the bottom, the guarded call of main."""
+    *body, last = ast.parse(script.read_text()).body
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
+    for node in body[1:]:
+        path_line = isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.insert")
+        assert path_line or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef,
+                                              ast.ClassDef, ast.Assign, ast.AnnAssign)), ast.unparse(node)
