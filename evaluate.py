@@ -82,7 +82,7 @@ def generate_responses(options: EvaluateOptions, out: Path) -> Path:
 
 
 def by_problem(trajectories: list[Trajectory]) -> list[Group]:
-    """The samples of each problem, in order. ValueError if some problem has more of them than another."""
+    """The samples of each problem, in order. ValueError if they cannot be compared or graded."""
     groups: dict[str, Group] = defaultdict(list)
     for trajectory in trajectories:
         if trajectory.answer is None:
@@ -90,6 +90,10 @@ def by_problem(trajectories: list[Trajectory]) -> list[Group]:
         groups[trajectory.id].append(trajectory)
     if not groups:
         raise ValueError("the file of responses is empty")
+    lost = sum(trajectory.finish == "infrastructure" for trajectory in trajectories)
+    if lost:
+        raise ValueError(f"{lost} responses were lost to failures of the sandbox, which is not the model's doing: "
+                         "take them out of the file and generate them again")
     counts = Counter(len(group) for group in groups.values())
     if len(counts) > 1:
         raise ValueError("problems have different numbers of samples (" + ", ".join(

@@ -32,7 +32,8 @@ def make_samples(count: int = 7, seed: int = 0, groups: int = 2) -> list[Sample]
         trained = [False, False] + [rng.random() < 0.7 for _ in ids[2:]]
         trained[-1] = True
         sampled = [-rng.random() * 4 for flag in trained if flag]
-        samples.append(Sample(ids, trained, sampled, [p + rng.gauss(0, 0.3) for p in sampled], is_step=number >= count - 2))
+        old = [p + rng.gauss(0, 0.3) for p in sampled]
+        samples.append(Sample(ids, trained, sampled, old, is_step=number >= count - 2))
     rewards = torch.tensor([float(rng.random() < 0.5) for _ in samples], dtype=torch.float64)
     rewards[0], rewards[1], rewards[-1], rewards[-2] = 1, 0, 1, 0
     group_ids = torch.tensor([100 if sample.is_step else index % groups for index, sample in enumerate(samples)])
@@ -73,7 +74,8 @@ def plain_loss(model: Decoder, samples: list[Sample], options: LossOptions) -> t
                 if a > 0:
                     likelihood, positive = likelihood - logprob, positive + 1
         zero = torch.zeros((), dtype=torch.float64)
-        return (surrogate / count if count else zero) + options.nll_weight * (likelihood / positive if positive else zero)
+        nll = likelihood / positive if positive else zero
+        return (surrogate / count if count else zero) + options.nll_weight * nll
 
     if options.joint:
         return level(samples)
@@ -84,7 +86,8 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return ((a - b).norm() / b.norm()).item() < 1e-9
 
 
-@pytest.mark.parametrize("options", [LossOptions(), LossOptions(step_weight=0.25, nll_weight=0.3), LossOptions(joint=True)])
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(step_weight=0.25, nll_weight=0.3),
+                                     LossOptions(joint=True)])
 def test_the_gradient_equals_a_plain_unpacked_unchunked_evaluation(model, options):
     samples = make_samples()
     loss, found = gradient(model, [samples], options)
@@ -218,14 +221,16 @@ def test_ratios_are_one_when_the_trainer_scores_what_it_just_scored(model):
         cut.append(cut[-1] + sample.num_trained)
     fresh = [replace(s, old_logprobs=scored[a:b]) for s, a, b in zip(samples, cut, cut[1:], strict=False)]
     tokens = loss_tokens(fresh, make_pack(fresh), torch.float64)
-    assert math.isclose((score(model, make_pack(fresh))[0] - tokens.old_logprobs).abs().max().item(), 0.0, abs_tol=1e-12)
+    difference = score(model, make_pack(fresh))[0] - tokens.old_logprobs
+    assert math.isclose(difference.abs().max().item(), 0.0, abs_tol=1e-12)
 
 
 def test_an_empty_pack_runs_the_same_forward_and_gives_every_parameter_a_gradient_of_zero():
     """Under FSDP a rank without work would otherwise leave the others waiting."""
     untied = Decoder(replace(SHAPE, tied_head=False)).double()
     pack = make_pack([])
-    loss = hierarchical_loss(score(untied, pack)[0], loss_tokens([], pack, torch.float64), Counts(10, 5, 3, 1), LossOptions())
+    tokens = loss_tokens([], pack, torch.float64)
+    loss = hierarchical_loss(score(untied, pack)[0], tokens, Counts(10, 5, 3, 1), LossOptions())
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in untied.parameters())
@@ -253,6 +258,7 @@ def test_the_full_logits_never_exist_forward_or_backward():
     """No operation makes more than a chunk of logits, and the graph keeps none of them until the backward pass."""
     wide, kept = Decoder(replace(SHAPE, vocab_size=499)), []
     pack = make_pack([Sample([1] * 200, [False] + [True] * 199, [])])
-    with LargestRows() as watch, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t)
+    with LargestRows() as watch, hooks:
         score(wide, pack, chunk_tokens=20)[0].sum().backward()
     assert watch.rows == 20 and not [shape for shape in kept if shape == (20, 499)]

@@ -1,6 +1,7 @@
 """Every number of evaluate.py on cases small enough to count by hand."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -143,6 +144,7 @@ def test_generating_and_grading_in_one_command(tiny_directory, tmp_path):
     (["--out", "DIR/x.json", "--responses", "TWICE"], "line 2: sample 0 of problem 'a' has been seen before"),
     (["--out", "DIR/x.json", "--responses", "UNEVEN"], "different numbers of samples"),
     (["--out", "DIR/x.json", "--responses", "NO_ANSWER"], "has no answer"),
+    (["--out", "DIR/x.json", "--responses", "LOST"], "1 responses were lost to failures of the sandbox"),
     (["--out", "DIR/x.json", "--responses", "BROKEN"], "line 1: not JSON"),
     (["--out", "DIR/x.json", "--responses", "EMPTY"], "is empty"),
     (["--out", "DIR/x.json", "--benchmark", "gsm9k", "--model", "m"], "math-500, aime-2024"),
@@ -152,7 +154,8 @@ def test_generating_and_grading_in_one_command(tiny_directory, tmp_path):
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, message, capsys):
     one = solution("a", 0, "1")
     files = {"GOOD": [one], "TWICE": [one, one], "UNEVEN": [one, solution("b", 0, "1"), solution("b", 1, "1")],
-             "NO_ANSWER": [solution("a", 0, "1", answer=None)], "EMPTY": []}
+             "NO_ANSWER": [solution("a", 0, "1", answer=None)], "EMPTY": [],
+             "LOST": [one, replace(one, id="b", finish="infrastructure")]}
     places = {name: write(tmp_path / name, trajectories) for name, trajectories in files.items()}
     (tmp_path / "BROKEN").write_text("{\n")
     places["BROKEN"] = str(tmp_path / "BROKEN")

@@ -85,7 +85,7 @@ def test_the_limit_of_short_responses_is_the_first_length_that_stays():
     (trajectory((THINK, r"So \boxed{}."), boxed=None), False),
     (trajectory((THINK, "So 2. and so on."), boxed=None), False),
     (trajectory((THINK, "Add."), (ACT, "```python\nprint('\\boxed{2}')\n```"), outcomes=("ok",), boxed=None), False),
-    (trajectory((THINK, r"\boxed{2}"), (ACT, "```py\n'\\boxed{2}'\n```"), outcomes=("ok",)), False),  # a box in the code
+    (trajectory((THINK, r"\boxed{2}"), (ACT, "```py\n'\\boxed{2}'\n```"), outcomes=("ok",)), False),
     (trajectory((THINK, r"<think> \boxed{2}"), boxed=None), False),  # a reasoning model has not answered yet
     (trajectory((THINK, r"\boxed{2}"), (ACT, CODE), (OBSERVE, "2" * 30), (THINK, "x"), outcomes=("ok",)), False),
     (trajectory((THINK, r"\boxed{2}"), (OBSERVE, "2" * 30), (THINK, "x")), True),  # observations are no trained tokens
@@ -130,7 +130,8 @@ def test_a_trajectory_that_hits_the_length_limit_stays_with_its_reward():
 def test_advantages_are_computed_over_the_survivors():
     """The failed sample had reward 0; the mean of those that stay is not its business."""
     [group] = filter_trajectories([[coded("error", False), coded(), coded(correct=False)]], ALL_OFF, decode).groups
-    found = group_advantages(torch.tensor([float(t.correct) for t in group]), torch.zeros(len(group), dtype=torch.int64))
+    rewards = torch.tensor([float(t.correct) for t in group])
+    found = group_advantages(rewards, torch.zeros(len(group), dtype=torch.int64))
     assert found[0] == -found[1]
 
 
@@ -147,7 +148,7 @@ def branch(outcome: str | None = "ok", finish: str = "rounds") -> Trajectory:
 
 
 def test_no_code_block_means_no_execution_reward():
-    """EOS before a block and an open block at the limit are removed and counted, and never count as passed or failed."""
+    """EOS before a block and an open block at the limit are removed and counted; they neither passed nor failed."""
     group = [branch(None, finish="eos")] + [branch(None, finish="length")] * 2 + [branch("ok"), branch("error")]
     kept = filter_branches([group])
     assert kept.groups == [group[3:]] and removed(kept.counts) == {"eos_before_code": 1, "no_closed_block": 2}

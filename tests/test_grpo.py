@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thor.grpo import (Counts, LossOptions, Tokens, clipped_surrogate, count_tokens, group_advantages, hierarchical_loss,
-                       k3, loss_statistics, sequence_mean, token_surrogates)
+from thor.grpo import (Counts, LossOptions, Tokens, clipped_surrogate, count_tokens, group_advantages,
+                       hierarchical_loss, k3, loss_statistics, sequence_mean, token_surrogates)
 
 
 def doubles(*values: float) -> torch.Tensor:
@@ -105,7 +105,8 @@ def plain_loss(new: list[float], tokens: Tokens, options: LossOptions) -> float:
     return level([k for k in everyone if not step[k]]) + options.step_weight * level([k for k in everyone if step[k]])
 
 
-@pytest.mark.parametrize("options", [LossOptions(), LossOptions(step_weight=0.3, nll_weight=0.5), LossOptions(joint=True)])
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(step_weight=0.3, nll_weight=0.5),
+                                     LossOptions(joint=True)])
 def test_the_loss_is_eq_5_to_8_evaluated_token_by_token(options):
     new, tokens = batch()
     found = hierarchical_loss(new, tokens, count_tokens(tokens), options)
@@ -156,7 +157,8 @@ def test_kl_and_entropy_are_off_by_default_and_means_over_all_tokens_when_on():
     counts, reference, entropies = count_tokens(tokens), new + 0.3, torch.ones(30, dtype=torch.float64)
     base = hierarchical_loss(new, tokens, counts, LossOptions())
     assert hierarchical_loss(new, tokens, counts, LossOptions(), reference, entropies) == base
-    with_both = hierarchical_loss(new, tokens, counts, LossOptions(kl_weight=2.0, entropy_weight=0.5), reference, entropies)
+    options = LossOptions(kl_weight=2.0, entropy_weight=0.5)
+    with_both = hierarchical_loss(new, tokens, counts, options, reference, entropies)
     assert (with_both - base).item() == pytest.approx(2.0 * (math.exp(0.3) - 1.3) - 0.5)
 
 
@@ -176,7 +178,7 @@ def test_the_sequence_ratio_is_the_geometric_mean_of_the_sequences_ratios():
 
 def test_importance_weights_are_truncated_and_carry_no_gradient():
     logprobs = doubles(-1, -1).requires_grad_()
-    tokens = Tokens(doubles(-1, -1), doubles(-1.5, -9), doubles(1, 1), torch.tensor([False, False]), torch.tensor([0, 1]))
+    tokens = Tokens(doubles(-1, -1), doubles(-1.5, -9), doubles(1, 1), torch.tensor([False] * 2), torch.tensor([0, 1]))
     found = token_surrogates(logprobs, tokens, LossOptions(importance_cap=2.0))
     assert found.tolist() == pytest.approx([-math.exp(0.5), -2.0])
     found.sum().backward()
@@ -193,7 +195,8 @@ def test_clip_statistics_count_only_tokens_whose_term_the_clip_changes():
 
 def test_a_ratio_too_large_for_a_float_costs_no_nan_gradient():
     logprobs = torch.zeros(2, requires_grad=True)
-    clipped_surrogate(logprobs, torch.tensor([-100.0, -100.0]), torch.tensor([1.0, -1.0]), 0.2, 0.28, 3.0).sum().backward()
+    old, advantages = torch.tensor([-100.0, -100.0]), torch.tensor([1.0, -1.0])
+    clipped_surrogate(logprobs, old, advantages, 0.2, 0.28, 3.0).sum().backward()
     assert logprobs.grad.tolist() == [0, 0]
 
 

@@ -84,5 +84,19 @@ def test_curves_are_drawn_for_several_runs_and_for_metrics_that_one_of_them_lack
             log.write(step, {"trajectory/accuracy": step / 3} | ({"step/pass_rate": 0.5} if name == "t5" else {}), {})
     plot([tmp_path / "t4", tmp_path / "t5"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "t4" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot([tmp_path / "t4"], tmp_path / "x.png")
     with pytest.raises(ValueError, match="does not exist"):
         plot([tmp_path / "none"], tmp_path / "x.png")
+
+
+def test_two_runs_of_the_same_name_are_two_curves(tmp_path):
+    runs = [tmp_path / parent / "run" for parent in "ab"]
+    for value, run in enumerate(runs):
+        log = MetricsLog(run, 0, tensorboard=False)
+        for step in (1, 2):
+            log.write(step, {"accuracy": float(value)}, {})
+    plot(runs, tmp_path / "both.png")
+    plot(runs[1:], tmp_path / "second.png")
+    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "second.png").read_bytes()

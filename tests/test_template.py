@@ -210,6 +210,11 @@ def test_the_system_flag_replaces_the_system_text(template):
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n") and prompt.count("system") == 1
 
 
+def test_an_instruction_may_say_where_the_question_goes(template):
+    prompt = Template(template.tokenizer, instruction="Problem: {question}\nBox it.").prompt_text("2+2?")
+    assert "user\nProblem: 2+2?\nBox it.<|im_end|>" in prompt
+
+
 def test_whether_think_is_open_is_read_from_the_rendered_prompt(template):
     assert not template.is_thinking("<think>\n\n</think>\n\n")
     assert template.is_thinking("assistant\n<think>\n")

@@ -1,8 +1,8 @@
 """Trajectories and branches as packed token streams: nothing padded, masks from spans, log-probs chunk by chunk.
 
-The hidden state at position t − 1 scores the token at t, so a pack names for every trained token the row that scores it;
-prompt and observation tokens are read and never scored. Invariants: a sequence lies whole in one pack; every rank gets
-the same number of packs; the full [T, V] logits never exist, forward or backward.
+The hidden state at position t − 1 scores the token at t, so a pack names for every trained token the row that scores
+it; prompt and observation tokens are read and never scored. Invariants: a sequence lies whole in one pack; every rank
+gets the same number of packs; the full [T, V] logits never exist, forward or backward.
 
 T packed tokens · S scored (trained) tokens · V vocabulary
 """
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pack:
-    """Sequences one after another. `rows` [S] are the hidden states that score `targets` [S], in order of `sequence` [S]."""
+    """Sequences one after another. `rows` [S] are the hidden states that score `targets` [S], `sequence` by sequence."""
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
@@ -103,7 +103,7 @@ def _fill(order: list[int], lengths: list[int], num_bins: int) -> list[list[int]
 
 
 def make_pack(samples: list[Sample], device: torch.device | str = "cpu") -> Pack:
-    """Lay some sequences out one after another. The first token of a sequence has nothing before it and is never trained.
+    """Lay some sequences out one after another. A sequence's first token has nothing before it and is never trained.
 
     No sequence at all gives one token that is read and not scored, so that a rank without work runs the same forward.
     """
@@ -118,7 +118,8 @@ def make_pack(samples: list[Sample], device: torch.device | str = "cpu") -> Pack
         rows += [start + place - 1 for place in trained]
         targets += [sample.ids[place] for place in trained]
         sequence += [number] * len(trained)
-    tensors = [torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, targets, sequence)]
+    tensors = [torch.tensor(values, dtype=torch.int64, device=device)
+               for values in (ids, positions, rows, targets, sequence)]
     return Pack(tensors[0], tensors[1], [len(sample.ids) for sample in samples], *tensors[2:])
 
 
@@ -142,7 +143,7 @@ def score(model: Decoder, pack: Pack, temperature: float = 1.0, with_entropy: bo
           chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor | None]:
     """Log-probs [S] of the pack's trained tokens at the sampling temperature, and, if asked for, entropies [S].
 
-    Only scored rows go through the head, `chunk_tokens` at a time; the backward pass computes each chunk's logits again.
+    Only scored rows go through the head, `chunk_tokens` at a time; the backward pass computes a chunk's logits again.
     """
     hidden = model(pack.token_ids, pack.positions, packed(pack.lengths))[pack.rows]
     parts = [checkpoint(_score_chunk, model, rows, targets, temperature, with_entropy, use_reentrant=False)

@@ -67,6 +67,6 @@ def _download(name: str, benchmark: Benchmark) -> list[dict]:
     try:
         return list(load_dataset(benchmark.repository, benchmark.subset, split=benchmark.split))
     except Exception as error:  # the hub's client raises its own, requests' and the operating system's errors
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"benchmark {name}: {benchmark.repository} cannot be loaded from the Hugging Face hub ({reason}); "
                          f"try again with a connection, {other_way}") from None

@@ -1,8 +1,8 @@
 r"""Which samples a loss may see: the filters of RL, in their stated order, each with a count of what it removed.
 
-A trajectory in which code failed is not punished but removed: the step level takes it. What the sandbox lost is nobody's
-doing and is removed first. Invariants: a sample is removed for one reason, its first; a group that goes afterwards is
-counted as a group; groups are never merged, and their order and that of the samples within them stays.
+A trajectory in which code failed is not punished but removed: the step level takes it. What the sandbox lost is
+nobody's doing and is removed first. Invariants: a sample is removed for one reason, its first; a group that goes
+afterwards is counted as a group; groups are never merged, and their order and that of their samples stays.
 """
 
 from collections import Counter
@@ -131,6 +131,7 @@ def _remove_groups(level: str, groups: list[Group], reward: Callable[[Trajectory
     """Without the groups that would have no advantage (Eq. 3): a single member, or rewards that are all equal."""
     several = [group for group in groups if len(group) >= 2]
     unequal = [group for group in several if len({reward(trajectory) for trajectory in group}) > 1]
-    counts = counts | {"groups_below_two": len(groups) - len(several), "groups_equal_rewards": len(several) - len(unequal)}
+    counts = counts | {"groups_below_two": len(groups) - len(several),
+                       "groups_equal_rewards": len(several) - len(unequal)}
     totals = {f"{level}/kept": sum(map(len, unequal)), f"{level}/groups_kept": len(unequal)}
     return Kept(unequal, totals | {f"{level}/removed_{name}": count for name, count in counts.items()})

@@ -89,8 +89,8 @@ def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
     return values_N.new_zeros(num_groups).scatter_add(0, group_N, values_N)
 
 
-def clipped_surrogate(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float,
-                      dual_clip: float | None) -> Tensor:
+def clipped_surrogate(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, clip_low: float,
+                      clip_high: float, dual_clip: float | None) -> Tensor:
     """Eq. 4 and 5: −s per token, with s = min(ρ Â, clip(ρ, 1−ε_low, 1+ε_high) Â), and s ← max(s, c Â) where Â < 0."""
     ratio = safe_exp(logprobs_T - old_logprobs_T)
     s = torch.minimum(ratio * advantages_T, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
@@ -100,7 +100,7 @@ def clipped_surrogate(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: 
 
 
 def safe_exp(log_ratio_T: Tensor) -> Tensor:
-    """exp, stopped at the square root of the largest number: where the clip is flat, 0 · inf would give a NaN gradient."""
+    """exp, stopped at the square root of the largest number: where the clip is flat, 0 · inf would give NaN."""
     return log_ratio_T.clamp(max=math.log(torch.finfo(log_ratio_T.dtype).max) / 2).exp()
 
 
@@ -166,9 +166,10 @@ def k3(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
 
 
 def loss_statistics(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> dict[str, float]:
-    """Sums over this micro-batch's tokens, to be added up and divided by `tokens`: clipping, KL to π_old, the sampler gap.
+    """Sums over this micro-batch's tokens, to be added up and divided by `tokens`: clipping, KL to π_old, sampler gap.
 
-    `sampler_gap_max` alone is no sum: of several micro-batches the largest counts. A token counts as clipped where the clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
+    `sampler_gap_max` alone is no sum: of several micro-batches the largest counts. A token counts as clipped where the
+    clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
     """
     log_ratio = logprobs_T.detach() - tokens.old_logprobs
     ratio, gap = safe_exp(log_ratio), (tokens.old_logprobs - tokens.sampler_logprobs).abs()

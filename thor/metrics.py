@@ -113,22 +113,26 @@ def read_metrics(directory: Path) -> list[dict[str, float | None]]:
 
 
 def plot(directories: list[Path], out: Path) -> None:
-    """One small chart for each metric, one line for each run."""
+    """One small chart for each metric, one line for each run; a run is called by its path if names repeat."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = {directory.name: read_metrics(directory) for directory in directories}
+    unique = len({directory.name for directory in directories}) == len(directories)
+    runs = {directory.name if unique else str(directory): read_metrics(directory) for directory in directories}
     names = [name for name in dict.fromkeys(name for lines in runs.values() for line in lines for name in line)
              if name != "step"]
+    if not names:
+        raise ValueError(f"{', '.join(map(str, directories))}: the lines hold a step and nothing to draw")
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         for label, lines in runs.items():
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axis.plot(*zip(*points), label=label, marker="." if len(points) < 20 else None) if points else None
+            axis.plot([step for step, _ in points], [value for _, value in points], label=label,
+                      marker="." if len(points) < 20 else None)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names):]:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from thor.trajectory import ACT, OBSERVE, THINK, Execution, Span, add_span
 
 OPENING, CLOSING, OUTPUT = "```py", "```", "```output"
+QUESTION = "{question}"  # an instruction may say where the question goes, for instance after worked examples
 SHOWN_HEAD = SHOWN_TAIL = 128  # characters of a long output that are kept at each end
 
 INSTRUCTION = """Reason step by step. Whenever a computation can be done by code, write a Python block that prints the result:
@@ -60,8 +61,13 @@ class Template:
         if self.style == "base":
             head = f"{self.instruction}\n\n" if self.instruction else ""
             return f"{head}Problem: {question}\nSolution:\n" + ("<think>\n" if self.thinking else "")
-        request = f"{question}\n\n{self.instruction}" if self.instruction else question
-        return self.render([{"role": "user", "content": request}])
+        return self.render([{"role": "user", "content": self.request(question)}])
+
+    def request(self, question: str) -> str:
+        """The user turn: the question and then the instruction, or the instruction with the question in its place."""
+        if QUESTION in self.instruction:
+            return self.instruction.replace(QUESTION, question)
+        return f"{question}\n\n{self.instruction}" if self.instruction else question
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """Chat messages as the text that asks for the next assistant turn."""

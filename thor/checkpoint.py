@@ -1,0 +1,162 @@
+"""Checkpoints of a training run: `step_N/` is a Hugging Face directory with the trainer's state beside the weights.
+
+A checkpoint appears whole or not at all: it is written aside, flushed to disk and renamed, then the link `latest` is
+moved to it, and only then are old ones removed, under another name first. A run's config.json belongs to its
+checkpoints: who continues it must have asked for the same.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+import torch
+from safetensors import SafetensorError
+
+from thor.model import Decoder
+from thor.weights import save_model
+
+LATEST, STATE, CONFIG = "latest", "trainer.pt", "config.json"
+ASIDE = ".aside"  # the ending of what is being written or removed
+
+# What a checkpoint takes over from the model's directory: tokenizer, chat template, generation config.
+COPIED = (".json", ".txt", ".jinja", ".model")
+
+State = dict[str, object]
+
+
+def open_run(directory: Path, settings: dict[str, object], free: tuple[str, ...]) -> Path | None:
+    """Begin a run in `directory` or continue it: the checkpoint to continue from, None at the beginning.
+
+    Raises ValueError that names the settings in which a run that has a checkpoint differs; those in `free` may differ.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for left_over in directory.glob(f"*{ASIDE}"):
+        remove(left_over)
+    checkpoint = latest_checkpoint(directory)
+    settings = json.loads(json.dumps(settings))
+    if checkpoint is not None:
+        before = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        differing = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(before | settings)
+                     if name not in free and before.get(name) != settings.get(name)]
+        if differing:
+            raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differing)}); use another --out")
+    write_aside(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
+    return checkpoint
+
+
+def save_checkpoint(directory: Path, step: int, model: Decoder, model_directory: str | Path, state: State,
+                    keep: int) -> Path:
+    """Write `step_N/`, point `latest` to it and remove all but the newest `keep` (0 keeps all).
+
+    `state` may hold tensors, numbers, strings, and lists, tuples and dicts of them. `model_directory` gives config and
+    tokenizer. OSError if the disk is full or the like; what was there before is whole then.
+    """
+    target = directory / f"step_{step}"
+    aside = target.with_name(target.name + ASIDE)
+    try:
+        _write(aside, model, Path(model_directory), state)
+        if target.exists():  # of a run that was killed before `latest` moved
+            remove(target)
+        os.rename(aside, target)
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written ({error}); earlier checkpoints are whole") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _point(directory / LATEST, target.name)
+    for old in sorted(_steps(directory))[:-keep] if keep else []:
+        remove(directory / f"step_{old}")
+    return target
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint that `latest` points to, by its own name; None if the run has none."""
+    link = directory / LATEST
+    return directory / os.readlink(link) if link.is_symlink() else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of `step_N`."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def load_state(checkpoint: Path) -> State:
+    """What `save_checkpoint` was given as `state`, on the CPU."""
+    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that it holds the old text or the new one, never a part."""
+    aside = path.with_name(path.name + ASIDE)
+    aside.write_text(text, encoding="utf-8")
+    _flush(aside)
+    os.replace(aside, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a directory or a file, renamed first, so that no half of it is ever found under its name."""
+    aside = path if path.name.endswith(ASIDE) else path.with_name(path.name + ".removed" + ASIDE)
+    if aside != path:
+        os.rename(path, aside)
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+
+
+def _write(aside: Path, model: Decoder, model_directory: Path, state: State) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, aside, model_directory)
+    written = {path.name for path in aside.iterdir()}
+    for path in model_directory.iterdir():
+        if path.suffix in COPIED and path.name not in written and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, aside / path.name)
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError
+    torch.save(state, buffer)
+    (aside / STATE).write_bytes(buffer.getbuffer())
+    for path in [*aside.iterdir(), aside]:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk: a rename may otherwise get there first."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(link: Path, name: str) -> None:
+    aside = link.with_name(link.name + ASIDE)
+    aside.unlink(missing_ok=True)
+    os.symlink(name, aside)
+    os.replace(aside, link)
+    _flush(link.parent)
+
+
+def _steps(directory: Path) -> list[int]:
+    return [step_of(path) for path in directory.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C (or SIGTERM) only sets `asked`, for a stop between steps; the second stops."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+                        } if threading.current_thread() is threading.main_thread() else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this step; once more stops at once", flush=True)

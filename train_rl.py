@@ -1,0 +1,438 @@
+"""Hierarchical RL (method, section 4): trajectories learn from right answers, failed code steps from code that runs.
+
+    python train_rl.py --model DIR --problems FILE --out DIR
+
+One round: sample G trajectories of each problem, grow G' branches from failed steps, filter, score with π_old, update.
+Killed at any moment, the same command continues from the last checkpoint as if nothing had happened.
+"""
+
+import asyncio
+import dataclasses
+import json
+import random
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from generate import grade
+from thor import config
+from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
+from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint
+from thor.config import option
+from thor.data import Problem, read_problems
+from thor.engine import Engine
+from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories
+from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
+from thor.metrics import MetricsLog
+from thor.model import Decoder
+from thor.reward import trajectory_reward
+from thor.optimizer import Skips, make_optimizer, take_step
+from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
+from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, solve_group
+from thor.sampling import Sampling
+from thor.sandbox import open_sandbox
+from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
+from thor.trajectory import Trajectory
+from thor.weights import DTYPES, load_model
+
+MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
+MAX_SKIPPED = 3  # optimizer steps in a row without a finite gradient before the run stops
+
+Groups = list[list[Sample]]
+
+
+@dataclass
+class TrainOptions:
+    """One flag a field. Defaults are the paper's where it names them (method, section 7)."""
+
+    model: str = config.required("Hugging Face directory to start from")
+    problems: str = config.required("JSON lines with id, question and answer")
+    out: str = config.required("directory of the run")
+    style: str = option("chat", "chat: the tokenizer's template; base: plain text")
+    system: str | None = option(None, "replaces the chat template's own system text")
+    instruction: str | None = option(None, "replaces our instruction on how to solve and how to write code")
+    thinking: bool = option(False, "ask a reasoning model for a <think> turn")
+    rounds: int = option(100, "rounds of sampling and updating")
+    problems_per_round: int = option(128, "problems sampled at a time")
+    samples: int = option(16, "G, trajectories of each problem")
+    branches: int = option(16, "G', branches of each failed step; 0 leaves the step level out")
+    updates_per_round: int = option(40, "optimizer steps on a round's samples")
+    groups_per_round: int = option(0, "dynamic sampling: sample until so many groups survive; 0 takes what one pass gives")
+    max_passes: int = option(4, "passes of dynamic sampling at most")
+    temperature: float = option(1.0, "of sampling and of every log-prob")
+    top_p: float = option(1.0, "must be 1: the ratio of Eq. 4 is that of full distributions")
+    top_k: int = option(0, "must be 0, likewise")
+    max_response_tokens: int = option(3200, "tokens of a response")
+    max_code_rounds: int = option(5, "code blocks of a response; 0 trains on text alone")
+    suffix_tokens: int = option(100, "L_suf, tokens of reasoning before the code that a branch samples again")
+    max_branch_tokens: int = option(0, "tokens of a branch; 0 is L_suf + 512")
+    min_response_tokens: int = option(150, "shorter trajectories are removed; 0 is off")
+    box_within_last: int = option(100, "a box must stand within so many last tokens; 0 is off")
+    min_group_fraction: float = option(0.5, "a group is kept if so many of its trajectories survive")
+    lr: float = option(1e-6, "learning rate of AdamW, constant")
+    beta2: float = option(0.999, "AdamW's second decay")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    clip_low: float = option(0.2, "ε_low of Eq. 5")
+    clip_high: float = option(0.28, "ε_high of Eq. 5")
+    dual_clip: float = option(3.0, "c of Eq. 5; 0 is off")
+    nll_weight: float = option(0.01, "α of Eq. 7")
+    step_weight: float = option(1.0, "λ of Eq. 8")
+    joint: bool = option(False, "one normaliser over trajectories and branches, as the released code has it")
+    code_only: bool = option(False, "train branches on their code alone, not on the suffix before it")
+    no_std: bool = option(False, "advantages without division by the standard deviation (Dr. GRPO)")
+    sequence_ratio: bool = option(False, "one ratio a sequence (GSPO)")
+    importance_cap: float = option(0.0, "truncated weights for the gap between sampler and trainer; 0 is off")
+    kl_weight: float = option(0.0, "KL to the starting model")
+    entropy_weight: float = option(0.0, "entropy bonus")
+    eval_problems: str | None = option(None, "problems for periodic evaluation, one sample each")
+    eval_every: int = option(0, "rounds between evaluations; 0 is never")
+    save_every: int = option(1, "rounds between checkpoints")
+    keep: int = option(2, "checkpoints that are kept")
+    seed: int = option(0, "run seed")
+    slots: int = option(64, "sequences in the sampler's memory at once")
+    pack_tokens: int = option(16384, "tokens of one forward pass in training")
+    sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
+    device: str = option("cpu", "cpu or cuda")
+    dtype: str = option("float32", "float32 or bfloat16")
+    threads: int = option(0, "CPU threads of torch; 0 leaves its default")
+
+    def __post_init__(self) -> None:
+        lowest = dict(rounds=1, problems_per_round=1, samples=2, branches=0, updates_per_round=1, groups_per_round=0,
+                      max_passes=1, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0)
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {low} or more")
+        if self.branches == 1:
+            raise ValueError("branches is 1; a group needs 2 or more, and 0 leaves the step level out")
+        if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
+            raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
+                             f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+    def rollout(self, number: int) -> RolloutOptions:
+        """How round `number` samples: no self-correction, and a failure ends the trajectory."""
+        return RolloutOptions(Sampling(self.temperature), self.max_response_tokens, self.max_code_rounds, 0,
+                              self.suffix_tokens, stop_at_failure=True, seed=self.seed, round=number)
+
+    @property
+    def loss(self) -> LossOptions:
+        """The part that the loss reads."""
+        return LossOptions(self.clip_low, self.clip_high, self.dual_clip or None, self.nll_weight, self.step_weight,
+                           self.joint, self.sequence_ratio, self.importance_cap or None, self.kl_weight,
+                           self.entropy_weight)
+
+
+@dataclass
+class State:
+    """Where the run stands: rounds done, problems drawn, groups carried to the next round, steps taken and left out."""
+
+    round: int = 0
+    drawn: int = 0
+    carried: Groups = field(default_factory=list)
+    updates: int = 0
+    skips: Skips = field(default_factory=Skips)
+
+
+@dataclass
+class Run:
+    """Everything that a round works with; `state` is what a checkpoint holds beside weights and optimizer."""
+
+    options: TrainOptions
+    problems: list[Problem]
+    eval_problems: list[Problem]
+    template: Template
+    model: Decoder
+    reference: Decoder | None
+    optimizer: torch.optim.AdamW
+    state: State = field(default_factory=State)
+
+
+def main(options: TrainOptions) -> None:
+    """Rounds of: sample, branch, filter, score, update."""
+    run, out = begin(options), Path(options.out)
+    if run.state.round >= options.rounds:
+        print(f"{out} has all {options.rounds} rounds: nothing left to do")
+        return
+    log = MetricsLog(out, run.state.round)
+    with StopRequest() as stop, tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
+        while run.state.round < options.rounds and not stop.asked:
+            metrics, timing = asyncio.run(one_round(run, run.state.round + 1))
+            run.state.round += 1
+            log.write(run.state.round, metrics, timing)
+            if run.state.round % options.save_every == 0 or run.state.round == options.rounds or stop.asked:
+                save(run, out)
+            show(bar, metrics, timing)
+    log.close()
+    if stop.asked:
+        raise KeyboardInterrupt
+    if run.state.updates == 0:
+        raise ValueError("no round had a group to train on: all rewards were equal, or the filters removed everything "
+                         f"(see {out / 'metrics.jsonl'})")
+
+
+async def one_round(run: Run, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
+    """One round of method, section 4: its metrics, and its times."""
+    options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
+    async with open_sandbox(options.sandbox) as sandbox:
+        tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
+        drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
+        branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2
+        evaluation = await evaluate(run, tools, number)
+    sampled = time.perf_counter()
+    grown = filter_branches(branches)
+    fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)
+    score_old(run, fresh + steps)
+    used, carried = choose_groups(run.state.carried, fresh, options.groups_per_round)
+    run.state.carried = [group for group in carried if any(group is new for new in fresh)]  # at most one round old
+    updates = update(run, used, steps, rng)
+    metrics = trajectory_metrics(drawn) | kept.counts | {
+        "trajectory/groups_used": len(used), "trajectory/groups_carried": len(run.state.carried),
+        "trajectory/groups_too_old": len(carried) - len(run.state.carried)}
+    metrics |= step_metrics(branches, len(failures), run.template) | grown.counts | updates | evaluation
+    counts, runs = tools.engine.counts, all_executions(drawn + branches)
+    return metrics, {"time/sample": sampled - started, "time/train": time.perf_counter() - sampled,
+                     "time/execute": sum(run.seconds for run in runs), "executions": len(runs),
+                     "engine/sampled": counts.sampled, "engine/fed": counts.fed, "engine/evicted": counts.evicted}
+
+
+def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, Groups]:
+    """(groups of this round, surplus); the carried ones first, since they get no other chance. 0 wanted takes all."""
+    usable = carried + fresh
+    return (usable[:wanted], usable[wanted:]) if wanted else (usable, [])
+
+
+async def sample_groups(run: Run, tools: Tools, number: int) -> tuple[list[list[Trajectory]], Kept, list[FailedStep]]:
+    """G graded trajectories of each problem, until enough groups survive the filters or the passes are spent."""
+    options, drawn, failures = run.options, [], []
+    filters = TrajectoryFilters(options.min_response_tokens, options.box_within_last, options.min_group_fraction)
+    for _ in range(options.max_passes if options.groups_per_round else 1):
+        drawn += await sample_problems(run, tools, next_problems(run), number, failures)
+        kept = filter_trajectories(drawn, filters, run.template.decode)
+        if len(run.state.carried) + len(kept.groups) >= options.groups_per_round:
+            break
+    everyone = [trajectory for group in drawn for trajectory in group]
+    lost = sum(trajectory.finish == "infrastructure" for trajectory in everyone)
+    if lost > MAX_LOST_SHARE * len(everyone):
+        raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} trajectories of round {number}, which is not the "
+                         "model's doing; the same command continues from the last checkpoint")
+    order = {id(trajectory): place for place, trajectory in enumerate(everyone)}
+    return drawn, kept, sorted(failures, key=lambda failed: order[id(failed.trajectory)])
+
+
+def next_problems(run: Run) -> list[tuple[Problem, int]]:
+    """The next problems of a seeded shuffle of each epoch, with the epoch's number, which keeps two copies apart."""
+    chosen, total = [], len(run.problems)
+    for place in range(run.state.drawn, run.state.drawn + run.options.problems_per_round):
+        epoch, index = divmod(place, total)
+        order = random.Random(f"{run.options.seed} epoch {epoch}").sample(range(total), total)
+        chosen.append((run.problems[order[index]], epoch))
+    run.state.drawn += run.options.problems_per_round
+    return chosen
+
+
+async def sample_problems(run: Run, tools: Tools, chosen: list[tuple[Problem, int]], number: int,
+                          failures: list[FailedStep]) -> list[list[Trajectory]]:
+    """One group for each problem, in order, graded; failed steps stay in the engine's memory and go to `failures`."""
+    options, rollout = run.options, run.options.rollout(number)
+    gate, groups = asyncio.Semaphore(options.slots), [[] for _ in chosen]
+
+    async def solve(place: int) -> None:
+        problem, epoch = chosen[place]
+
+        async def done(trajectory: Trajectory) -> None:
+            trajectory.correct = await grade(trajectory)
+            groups[place].append(trajectory)
+
+        samples = list(range(epoch * options.samples, (epoch + 1) * options.samples))
+        keep = failures if options.branches else None
+        await solve_group(tools, problem, samples, rollout, gate, done, keep)
+
+    await asyncio.gather(*map(solve, range(len(chosen))))
+    return [sorted(group, key=lambda trajectory: trajectory.sample) for group in groups]
+
+
+async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], number: int,
+                        rng: random.Random) -> list[list[Trajectory]]:
+    """G' branches of each chosen failure; at most as many failures as problems in the round, drawn uniformly."""
+    options = run.options
+    chosen = sorted(rng.sample(range(len(failures)), min(len(failures), options.problems_per_round)))
+    for place in set(range(len(failures))) - set(chosen):
+        tools.engine.free(failures[place].sequence)
+    gate, limit = asyncio.Semaphore(options.slots), options.max_branch_tokens or options.suffix_tokens + 512
+    return list(await asyncio.gather(*(
+        branch_group(tools, failures[place], options.branches, limit, options.rollout(number), gate) for place in chosen)))
+
+
+async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float]:
+    """Accuracy and pass rate on the evaluation problems, when it is time: one sample each, failures shown, no retry."""
+    options = run.options
+    if not options.eval_every or number % options.eval_every:
+        return {}
+    rollout = replace(options.rollout(0), stop_at_failure=False, seed=options.seed + 1)
+    found, gate = [], asyncio.Semaphore(options.slots)
+
+    async def done(trajectory: Trajectory) -> None:
+        trajectory.correct = await grade(trajectory)
+        found.append(trajectory)
+
+    await asyncio.gather(*(solve_group(tools, problem, [0], rollout, gate, done) for problem in run.eval_problems))
+    runs = all_executions([found])
+    return {"eval/accuracy": sum(trajectory.correct for trajectory in found) / len(found),
+            "eval/pass_rate": sum(execution.passed for execution in runs) / len(runs) if runs else None}
+
+
+def trajectory_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:
+    """Surviving trajectories as samples with their advantages (Eq. 3)."""
+    return [[trajectory_sample(trajectory, advantage) for trajectory, advantage in zip(
+        group, advantages_of([trajectory_reward(t) for t in group], options), strict=True)] for group in groups]
+
+
+def branch_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:
+    """Surviving branches as samples with their advantages (Eq. 3 over R')."""
+    return [[branch_sample(branch, advantage, options.code_only) for branch, advantage in zip(
+        group, advantages_of([branch_reward(b) for b in group], options), strict=True)] for group in groups]
+
+
+def advantages_of(rewards: list[float], options: TrainOptions) -> list[float]:
+    """Eq. 3 of one group."""
+    rewards_N = torch.tensor(rewards, dtype=torch.float64)
+    return group_advantages(rewards_N, torch.zeros(len(rewards), dtype=torch.int64), not options.no_std).tolist()
+
+
+@torch.no_grad()
+def score_old(run: Run, groups: Groups) -> None:
+    """log π_old of every new sample, by the trainer, with the weights that sampled it (in place, in `groups`)."""
+    places = [(group, index) for group in groups for index in range(len(group))]
+    [packs] = deal_packs([len(group[index].ids) for group, index in places], run.options.pack_tokens)
+    for members in packs:
+        samples = [places[place][0][places[place][1]] for place in members]
+        scored = score(run.model, make_pack(samples, run.options.device), run.options.temperature)[0].tolist()
+        for place, sample in zip(members, samples, strict=True):
+            group, index = places[place]
+            group[index] = replace(sample, old_logprobs=scored[:sample.num_trained])
+            del scored[:sample.num_trained]
+
+
+def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random) -> dict[str, float | None]:
+    """The round's optimizer steps: groups shuffled and dealt whole and evenly, none left out, no step without any."""
+    rng.shuffle(trajectories)
+    rng.shuffle(branches)
+    num_steps = min(run.options.updates_per_round, len(trajectories) or len(branches))
+    sums: dict[str, float] = {}
+    for step in range(num_steps):
+        groups = trajectories[step::num_steps] + branches[step::num_steps]
+        for name, value in optimizer_step(run, [sample for group in groups for sample in group]).items():
+            combine = max if name.endswith("_max") else float.__add__
+            sums[name] = combine(sums[name], float(value)) if name in sums else float(value)
+    tokens = max(sums.get("tokens", 0.0), 1.0)
+    return {"policy/updates": num_steps, "policy/skipped": int(sums.get("skipped", 0)),
+            "policy/loss": sums["loss"] / num_steps if num_steps else None,
+            "policy/grad_norm": sums["grad_norm"] / num_steps if num_steps else None,
+            "policy/clip_fraction": (sums["clipped_low"] + sums["clipped_high"]) / tokens if num_steps else None,
+            "policy/sampler_gap_max": sums.get("sampler_gap_max"),
+            **{f"policy/{name}": sums[name] / tokens if num_steps else None
+               for name in ("clipped_low", "clipped_high", "kl_old", "ratio", "logprob", "sampler_gap")}}
+
+
+def optimizer_step(run: Run, samples: list[Sample]) -> dict[str, float]:
+    """Eq. 8 over `samples`: one global count, then each pack adds its share to the gradient."""
+    options, loss_options = run.options, run.options.loss
+    [packs] = deal_packs([len(sample.ids) for sample in samples], options.pack_tokens)
+    members = [[samples[place] for place in pack] for pack in packs]
+    laid = [make_pack(group, options.device) for group in members]
+    tokens = [loss_tokens(group, pack) for group, pack in zip(members, laid, strict=True)]
+    counts, sums = sum(map(count_tokens, tokens), Counts()), {"loss": 0.0}
+    for pack, known in zip(laid, tokens, strict=True):
+        logprobs, entropies = score(run.model, pack, options.temperature, with_entropy=options.entropy_weight != 0)
+        with torch.no_grad():
+            reference = None if run.reference is None else score(run.reference, pack, options.temperature)[0]
+        loss = hierarchical_loss(logprobs, known, counts, loss_options, reference, entropies)
+        loss.backward()
+        sums["loss"] += loss.item()
+        for name, value in loss_statistics(logprobs, known, loss_options).items():
+            sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
+    norm = take_step(run.model, run.optimizer, sums["loss"], options.lr, options.max_grad_norm, run.state.skips)
+    if run.state.skips.too_many:
+        path = Path(options.out) / "bad_batch.jsonl"
+        path.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+        raise ValueError(f"the loss or its gradient was not finite {run.state.skips.in_a_row} steps in a row; the last batch "
+                         f"is in {path}")
+    run.state.updates += run.state.skips.in_a_row == 0
+    return sums | {"grad_norm": norm, "skipped": int(run.state.skips.in_a_row > 0)}
+
+
+def build_engine(run: Run) -> Engine:
+    """The sampler over the weights as they are now; slots beyond those that run keep failed steps and first samples."""
+    options = run.options
+    longest = max(len(run.template.prompt_ids(problem.question)) for problem in run.problems + run.eval_problems)
+    if longest >= run.model.config.max_context:
+        raise ValueError(f"a prompt of {longest} tokens does not fit the model's context of {run.model.config.max_context}")
+    context = min(longest + options.max_response_tokens, run.model.config.max_context)
+    return Engine(run.model, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
+
+
+def begin(options: TrainOptions) -> Run:
+    """Model, data and optimizer, from the last checkpoint if there is one."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    instruction = options.instruction
+    if instruction is None:
+        instruction = INSTRUCTION if options.max_code_rounds else TEXT_INSTRUCTION
+    template = load_template(options.model, options.style, instruction, options.system, options.thinking)
+    problems, evaluation = (read_graded(path) for path in (options.problems, options.eval_problems))
+    if options.eval_every and not evaluation:
+        raise ValueError("--eval_every needs --eval_problems")
+    start = open_run(Path(options.out), dataclasses.asdict(options), RESUMABLE)
+    model = load_model(start or options.model, DTYPES[options.dtype], options.device)
+    reference = load_model(options.model, DTYPES[options.dtype], options.device) if options.kl_weight else None
+    optimizer = make_optimizer(model, options.lr, (0.9, options.beta2), 0.0)
+    run = Run(options, problems, evaluation, template, model, reference, optimizer)
+    if start:
+        saved = load_state(start)
+        optimizer.load_state_dict(saved["optimizer"])
+        run.state = read_state(saved["state"])
+    return run
+
+
+def read_state(saved: dict) -> State:
+    """A State from what `dataclasses.asdict` made of it."""
+    carried = [[Sample(**sample) for sample in group] for group in saved["carried"]]
+    return State(**{**saved, "carried": carried, "skips": Skips(**saved["skips"])})
+
+
+# What may differ between a run and its continuation.
+RESUMABLE = ("rounds", "save_every", "keep", "slots", "threads", "sandbox", "eval_every", "eval_problems")
+
+
+def read_graded(path: str | None) -> list[Problem]:
+    """Problems that all have an answer; none without a path."""
+    problems = read_problems(path) if path else []
+    without = [problem.id for problem in problems if problem.answer is None]
+    if without:
+        raise ValueError(f"{path}: problem {without[0]!r} has no answer, so its solutions cannot be rewarded")
+    return problems
+
+
+def save(run: Run, out: Path) -> None:
+    """A checkpoint of everything that the next round depends on."""
+    state = {"optimizer": run.optimizer.state_dict(), "state": dataclasses.asdict(run.state)}
+    save_checkpoint(out, run.state.round, run.model, run.options.model, state, run.options.keep)
+
+
+def show(bar: tqdm, metrics: dict[str, float | None], timing: dict[str, float]) -> None:
+    """One round further on the progress line."""
+    short = {"accuracy": metrics["trajectory/accuracy"], "pass": metrics["trajectory/pass_rate"],
+             "branch pass": metrics["step/pass_rate"], "groups": metrics["trajectory/groups_used"]}
+    rate = timing["engine/sampled"] / max(timing["time/sample"], 1e-9)
+    bar.set_postfix({name: "–" if value is None else f"{value:.3g}" for name, value in short.items()} | {
+        "tokens/s": f"{rate:.0f}"}, refresh=False)
+    bar.update()
+
+
+if __name__ == "__main__":
+    config.run(main, TrainOptions, __doc__)
