@@ -36,10 +36,9 @@ from thor.sampling import Sampling
 from thor.sandbox import open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
 from thor.trajectory import Trajectory
-from thor.weights import DTYPES, load_model
+from thor.weights import load_model
 
 MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
-MAX_SKIPPED = 3  # optimizer steps in a row without a finite gradient before the run stops
 
 Groups = list[list[Sample]]
 
@@ -96,7 +95,6 @@ class TrainOptions:
     pack_tokens: int = option(16384, "tokens of one forward pass in training")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
     device: str = option("cpu", "cpu or cuda")
-    dtype: str = option("float32", "float32 or bfloat16")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
 
     def __post_init__(self) -> None:
@@ -110,8 +108,6 @@ class TrainOptions:
         if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
             raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
                              f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
 
     def rollout(self, number: int) -> RolloutOptions:
         """How round `number` samples: no self-correction, and a failure ends the trajectory."""
@@ -388,8 +384,8 @@ def begin(options: TrainOptions) -> Run:
     if options.eval_every and not evaluation:
         raise ValueError("--eval_every needs --eval_problems")
     start = open_run(Path(options.out), dataclasses.asdict(options), RESUMABLE)
-    model = load_model(start or options.model, DTYPES[options.dtype], options.device)
-    reference = load_model(options.model, DTYPES[options.dtype], options.device) if options.kl_weight else None
+    model = load_model(start or options.model, torch.float32, options.device)
+    reference = load_model(options.model, torch.float32, options.device) if options.kl_weight else None
     optimizer = make_optimizer(model, options.lr, (0.9, options.beta2), 0.0)
     run = Run(options, problems, evaluation, template, model, reference, optimizer)
     if start:
@@ -405,8 +401,8 @@ def read_state(saved: dict) -> State:
     return State(**{**saved, "carried": carried, "skips": Skips(**saved["skips"])})
 
 
-# What may differ between a run and its continuation.
-RESUMABLE = ("rounds", "save_every", "keep", "slots", "threads", "sandbox", "eval_every", "eval_problems")
+# What may differ between a run and its continuation, because no number in metrics.jsonl depends on it.
+RESUMABLE = ("out", "rounds", "save_every", "keep", "slots", "sandbox")
 
 
 def read_graded(path: str | None) -> list[Problem]:

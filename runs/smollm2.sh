@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 python runs/smollm2.py --out $MODEL --problems $OUT/problems-$PROBLEMS.jsonl --num_problems "$PROBLEMS"
 for corrections in 0 4; do
     python evaluate.py --model $MODEL --benchmark $OUT/problems-$PROBLEMS.jsonl --samples "$SAMPLES" \
-        --temperature 0.6 --max_response_tokens 384 --max_code_rounds 3 --suffix_tokens 40 \
+        --style base --instruction "$(cat runs/smollm2-examples.txt)" --temperature 0.6 --max_response_tokens 256 --max_code_rounds 3 --suffix_tokens 40 \
         --max_corrections $corrections --out $OUT/corrections-$corrections-$PROBLEMS.json
 done
-python generate.py --model $MODEL --max_response_tokens 256 --seed 1 \
-    --question "A box holds 17 rows of 23 apples. A third of the 391 apples are sold at 2 dollars each. How much is earned?"
+python generate.py --model $MODEL --style base --instruction "$(cat runs/smollm2-examples.txt)" --max_response_tokens 256 \
+    --suffix_tokens 40 --samples 2 --question "A farmer has 17 rows of 23 trees and cuts down 12 of them. How many trees are left?"

@@ -23,7 +23,7 @@ def model(tiny_directory):
 
 
 def save(directory: Path, step: int, model, tiny_directory: Path, keep: int = 2) -> Path:
-    moments = torch.full((50_000,), float(step))
+    moments = torch.full((500_000,), float(step))
     state = {"step": step, "moments": moments, "carried": ['{"id": "a"}'], "rng": (1, (2, None))}
     return save_checkpoint(directory, step, model, tiny_directory, state, keep)
 
@@ -46,16 +46,34 @@ def test_the_newest_are_kept_and_older_ones_removed(tmp_path, model, tiny_direct
     assert len(list(tmp_path.glob("step_*"))) == 3
 
 
+def save_some(directory: Path, count: int, model, tiny_directory: Path) -> None:
+    for step in range(count):
+        save(directory, step, model, tiny_directory, keep=0)
+
+
+def test_whoever_looks_while_a_checkpoint_is_written_sees_all_of_it_or_nothing(tmp_path, model, tiny_directory):
+    whole = {path.name: path.stat().st_size for path in save(tmp_path / "first", 0, model, tiny_directory).iterdir()}
+    writer = multiprocessing.get_context("fork").Process(target=save_some, args=(tmp_path, 15, model, tiny_directory))
+    writer.start()
+    while writer.is_alive():
+        for path in tmp_path.glob("step_?"):
+            assert {file.name for file in path.iterdir()} == whole.keys()
+            assert (path / "model.safetensors").stat().st_size == whole["model.safetensors"]
+        assert not (tmp_path / "latest").is_symlink() or (tmp_path / "latest/trainer.pt").is_file()
+    writer.join()
+    assert writer.exitcode == 0 and latest_checkpoint(tmp_path).name == "step_14"
+
+
 def save_for_ever(directory: Path, first: int, model, tiny_directory: Path) -> None:
     for step in range(first, first + 1000):
         save(directory, step, model, tiny_directory)
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, model, tiny_directory):
-    """Ten writers are killed at random moments; what `latest` names can be loaded and is what it says, each time."""
+    """Writers are killed at random moments; what bears a checkpoint's name can be loaded and is what it says, always."""
     step, rng, fork = 0, random.Random(0), multiprocessing.get_context("fork")
     open_run(tmp_path, {}, ())
-    for _ in range(10):
+    for _ in range(15):
         writer = fork.Process(target=save_for_ever, args=(tmp_path, step + 1, model, tiny_directory))
         writer.start()
         time.sleep(rng.uniform(0.01, 0.2))
@@ -91,6 +109,7 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_whole(tmp_path,
 def test_a_directory_left_by_a_run_that_was_killed_before_latest_moved_is_replaced(tmp_path, model, tiny_directory):
     save(tmp_path, 1, model, tiny_directory)
     (tmp_path / "step_2").mkdir()
+    (tmp_path / "step_2/trainer.pt").touch()
     save(tmp_path, 2, model, tiny_directory)
     assert load_state(tmp_path / "step_2")["step"] == 2 and latest_checkpoint(tmp_path).name == "step_2"
 

@@ -36,6 +36,15 @@ def step(model: torch.nn.Linear, optimizer: torch.optim.Optimizer, skips: Skips,
     return take_step(model, optimizer, loss.item(), lr, 1.0, skips)
 
 
+@pytest.mark.parametrize("loss, gradient", [(math.nan, 1.0), (1.0, math.nan), (1.0, math.inf), (math.inf, math.inf)])
+def test_a_step_is_skipped_whether_it_is_the_loss_or_the_gradient_that_is_not_finite(loss, gradient):
+    model, skips = network(), Skips()
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.full((2, 3), gradient)
+    take_step(model, make_optimizer(model, 0.1, (0.9, 0.99), 0.0), loss, 0.1, 1.0, skips)
+    assert skips.total == 1 and torch.equal(model.weight, before) and model.weight.grad is None
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(scale):
     model, skips = network(), Skips()

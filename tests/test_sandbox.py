@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,11 +52,15 @@ CASES = {
     "import os\nprint(3)\nos.close(1)": ("ok", "3\n", ""),
     "import sys\nsys.stdout.buffer.write(b'a\\xffb')": ("ok", "a\ufffdb", ""),
     "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": ("error", "", "Killed: SIGKILL"),
+    "import os\nos.kill(os.getpid(), 40)": ("error", "", "Killed: signal 40"),
     "import ctypes\nctypes.string_at(0)": ("error", "", "Killed: SIGSEGV"),
     "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(99)\nprint(1)": ("ok", "1\n", ""),
     "import threading\nthreading.Thread(target=lambda: print('t')).start()": ("ok", "t\n", ""),
     "if __name__ == '__main__': print('main')": ("ok", "main\n", ""),
     "raise ValueError('x' * 5_000_000)": ("error", "", None),
+    "import os\nfor _ in range(30):\n    os.mkdir('d' * 200)\n    os.chdir('d' * 200)\nprint(1)": ("ok", "1\n", ""),
+    "import tempfile, os\nprint(os.path.dirname(tempfile.mkstemp()[1]) == os.getcwd())": ("ok", "True\n", ""),
+    "import thor": ("error", "", "ModuleNotFoundError: No module named 'thor'"),
     "print('```output\\n1\\n```')": ("ok", "```output\n1\n```\n", ""),
 }
 
@@ -64,7 +69,7 @@ CASES = {
 def executions() -> dict[str, Execution]:
     """All cases at once, hostile and honest together, each honest one surrounded by trouble."""
     codes = list(CASES) + ["import os\nwhile True: os.fork()"] + ["print(sum(range(1000)))"] * 40
-    return dict(zip(list(CASES) + ["fork bomb"] + list(range(40)), run_all(*codes), strict=True))
+    return dict(zip(list(CASES) + ["fork bomb"] + list(range(40)), run_all(*codes, wall_seconds=60.0), strict=True))
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -86,10 +91,53 @@ def test_a_fork_bomb_is_the_policys_own_failure(executions):
     assert executions["fork bomb"].outcome in ("error", "timeout")
 
 
-def test_limits_that_decide_an_outcome_are_cpu_time_and_memory_and_wall_clock_is_a_backstop():
+def test_sandbox_limits_that_decide_an_outcome_are_cpu_time_and_memory_wall_clock_is_a_generous_backstop():
     """Sleeping costs no CPU and passes beyond the CPU limit; past the wall-clock limit it is a time-out."""
     slept, stuck = run_all("import time\ntime.sleep(1.6)\nprint(1)", "import time\ntime.sleep(99)", wall_seconds=3.0)
     assert slept.outcome == "ok" and (stuck.outcome, stuck.error) == ("timeout", "TimeoutError: exceeded 3 s")
+
+
+def test_memory_that_ends_in_small_pieces_is_still_a_memory_error():
+    """Nothing is left to write a traceback with."""
+    [execution] = run_all("x = []\nwhile True: x.append([x])", memory_mb=32, cpu_seconds=20.0)
+    assert (execution.outcome, execution.error) == ("memory", "MemoryError")
+
+
+LIKE_PYTHON = [
+    "from concurrent.futures import ThreadPoolExecutor\ne = ThreadPoolExecutor()\nprint(e.submit(lambda: 5).result())",
+    "from multiprocessing import Pool\ndef f(x): return x * x\nwith Pool(2) as p: print(p.map(f, [1, 2, 3]))",
+    "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+    "import atexit\natexit.register(print, 'bye')", "open('/dev/stdout', 'w').write('hi')",
+    "import sys, io\nsys.stdout.write('kept')\nsys.stdout = io.StringIO()\nprint('lost')",
+    "import sys\nsys.__stdout__.write('kept')",
+    "import sys\nprint(sys.argv[1:], __name__, __doc__)",
+    "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(994))",
+    "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(1000))",
+    "open('m.py', 'w').write('x = 1')\nimport m\nprint(m.x)",
+    "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'print(3)'])",
+    "import sys\nsys.exit(256)", "import sys\nprint(1)\nsys.exit(True)", "import sys\nprint(1)\nsys.exit([])",
+    "raise ExceptionGroup('g', [ValueError('v')])", "raise KeyError('k')", "assert 1 == 2, 'no'", "print('\\ud800')",
+    "if True:\nprint(1)", "x = '", "from __future__ import annotations\ndef f(x: y): pass\nprint(f.__annotations__)",
+    "import sys\nsys.excepthook = lambda *e: print('hooked', file=sys.stderr)\nraise ValueError",
+    "import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start()\nt.join()\nprint('main')",
+]
+
+
+@pytest.fixture(scope="module")
+def likenesses() -> dict[str, Execution]:
+    """The snippets of LIKE_PYTHON in the sandbox."""
+    return dict(zip(LIKE_PYTHON, run_all(*LIKE_PYTHON, cpu_seconds=5.0, wall_seconds=20.0), strict=True))
+
+
+@pytest.mark.parametrize("code", LIKE_PYTHON)
+def test_code_does_what_a_fresh_python_does(likenesses, code, tmp_path):
+    (tmp_path / "code.py").write_bytes(code.encode("utf-8", "surrogatepass"))
+    fresh = subprocess.run([sys.executable, "code.py"], cwd=tmp_path, capture_output=True, text=True,
+                           stdin=subprocess.DEVNULL, env={"PYTHONIOENCODING": "utf-8"})
+    found = likenesses[code]
+    assert found.stdout == fresh.stdout and found.passed == (fresh.returncode == 0 and fresh.stdout.strip() != "")
+    if fresh.returncode != 0 and fresh.stderr:
+        assert found.error == fresh.stderr.strip().splitlines()[-1].strip()
 
 
 def test_each_code_block_is_independent():
@@ -99,8 +147,8 @@ def test_each_code_block_is_independent():
 
 
 def test_the_same_code_gives_the_same_output():
-    code = ("import random, numpy\nprint(random.random(), numpy.random.rand(), hash('a'), "
-            "list({'b', 'a', 'c'}))")
+    code = ("import random, numpy, sympy.core.random\nprint(random.random(), numpy.random.rand(), hash('a'), "
+            "list({'b', 'a', 'c'}), sympy.core.random.rng.random())")
     assert len({run.stdout for run in run_all(*[code] * 3) + run_all(code)}) == 1
 
 
@@ -116,26 +164,78 @@ def test_torch_is_not_imported_in_the_warm_parent():
     assert run_all("import sys\nprint('torch' in sys.modules, 'sympy' in sys.modules)")[0].stdout == "False True\n"
 
 
-def descendants(pid: int) -> set[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child) for child in children}.union(*(descendants(int(child)) for child in children))
+def children(pid: int) -> list[str]:
+    """Its child processes, zombies included."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_nothing_of_a_snippet_stays_behind():
-    """Daemons, zombies, directories (read-only ones too) and the parent itself are gone."""
-    daemon = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n" \
-             "            time.sleep(999)\n        os._exit(0)\nprint(os.getcwd())"
-    litter = "import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.chmod('d', 0)\nprint(os.getcwd())"
+def test_code_sees_no_descriptor_of_the_harness_however_many_there_are():
+    async def run() -> Execution:
+        async with LocalSandbox(**{**SMALL, "num_workers": 70, "wall_seconds": 60.0}) as sandbox:
+            others = [asyncio.create_task(sandbox.run("import time\ntime.sleep(99)")) for _ in range(69)]
+            while len(children(sandbox.pid)) < 69:
+                await asyncio.sleep(0.01)
+            listing = await sandbox.run("import os\nprint(len(os.listdir('/proc/self/fd')))")
+            for other in others:
+                other.cancel()
+            return listing
 
-    async def run() -> tuple[list[Execution], set[int], int]:
+    assert asyncio.run(run()).stdout == "4\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a snippet a user of its own")
+def test_where_we_are_root_a_snippet_cannot_signal_the_harness_or_become_root_again():
+    kill, become_root = run_all("import os\nos.kill(os.getppid(), 9)", "import os\nos.setuid(0)")
+    assert kill.error == become_root.error == "PermissionError: [Errno 1] Operation not permitted"
+
+
+def processes_naming(text: Path) -> list[str]:
+    """Processes whose command line or first environment names `text`: a sandbox's own and its snippets'."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(text).encode() in (process / file).read_bytes() for file in ("cmdline", "environ")):
+                found.append(process.name)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+DAEMONS = ("import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"
+           "            time.sleep(999)\n        os._exit(0)\n")
+RESTLESS = ("import os, time\nif os.fork() == 0:\n    while True:\n        os.setsid()\n        if os.fork(): os._exit(0)\n"
+            "time.sleep(0.3)\nprint(1)")
+LITTER = ("import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.symlink('/etc', 'd/e')\nos.chmod('d', 0)\n"
+          "print(os.getcwd())")
+
+
+@pytest.mark.parametrize("code", [DAEMONS + "print(1)", RESTLESS, LITTER])
+def test_nothing_of_a_snippet_stays_behind(code, tmp_path, monkeypatch):
+    """Daemons, processes that never stop forking and exiting, zombies, directories (read-only ones too)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> None:
         async with LocalSandbox(**SMALL) as sandbox:
-            done = [await sandbox.run(code) for code in (daemon, litter)]
-            return done, descendants(sandbox.pid), sandbox.pid
+            assert (await sandbox.run(code)).passed
+            assert children(sandbox.pid) == [] and processes_naming(tmp_path) == [str(sandbox.pid)]
+            assert [list(worker.iterdir()) for sandbox in tmp_path.iterdir() for worker in sandbox.iterdir()] in ([], [[]])
 
-    done, left, parent = asyncio.run(run())
-    assert all(run.passed for run in done) and left == set()
-    assert not any(Path(run.stdout.strip()).exists() for run in done)
-    assert not Path(f"/proc/{parent}").exists()
+    asyncio.run(run())
+    assert processes_naming(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_closing_the_sandbox_ends_what_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> None:
+        async with LocalSandbox(**SMALL) as sandbox:
+            running = asyncio.create_task(sandbox.run(DAEMONS + "time.sleep(99)"))
+            while len(children(sandbox.pid)) < 4:
+                await asyncio.sleep(0.01)
+            running.cancel()
+
+    asyncio.run(run())
+    assert processes_naming(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_grandchild_that_keeps_stdout_open_does_not_stall_the_result():
@@ -144,58 +244,90 @@ def test_a_grandchild_that_keeps_stdout_open_does_not_stall_the_result():
     assert execution.outcome == "ok" and execution.seconds < 5
 
 
-def test_only_what_the_policy_caused_is_judged():
-    """The warm parent is killed under running snippets: they run again on a new one, and nobody is blamed."""
+def test_a_trainer_busy_with_a_step_neither_delays_nor_distorts_a_run():
+    """It takes no result for longer than the wall-clock limit, and there are more of them than a socket holds."""
+    async def run() -> list[Execution]:
+        async with LocalSandbox(**{**SMALL, "wall_seconds": 2.0, "output_bytes": 1 << 20}) as sandbox:
+            running = [asyncio.create_task(sandbox.run("print('x' * 300_000)")) for _ in range(12)]
+            await asyncio.sleep(0.05)
+            time.sleep(3)
+            return list(await asyncio.gather(*running))
+
+    assert all(execution.passed and len(execution.stdout) == 300_001 for execution in asyncio.run(run()))
+
+
+def test_only_what_the_policy_caused_is_judged_and_an_infrastructure_failure_is_retried(tmp_path, monkeypatch):
+    """The warm parent is killed under running snippets: they run again on a new one, nobody is blamed, nothing is left."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     async def run() -> tuple[list[Execution], int, int]:
         async with LocalSandbox(**SMALL) as sandbox:
             first = sandbox.pid
-            running = [asyncio.create_task(sandbox.run(f"import time\ntime.sleep(0.5)\nprint({n})")) for n in range(6)]
-            await asyncio.sleep(0.3)
+            codes = [f"{DAEMONS}time.sleep(1)\nprint({n})" for n in range(6)]
+            running = [asyncio.create_task(sandbox.run(code)) for code in codes]
+            while len(children(first)) < 8:
+                await asyncio.sleep(0.01)
             os.kill(first, signal.SIGKILL)
             return list(await asyncio.gather(*running)), first, sandbox.pid
 
     done, first, second = asyncio.run(run())
     assert [run.stdout for run in done] == [f"{n}\n" for n in range(6)] and first != second
+    assert processes_naming(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_parent_that_keeps_dying_is_infrastructure_and_never_the_codes_failure():
+    async def assassin(sandbox: LocalSandbox) -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            try:
+                os.kill(sandbox.pid, signal.SIGKILL)
+            except ProcessLookupError:  # the next one is not there yet
+                continue
+
     async def run() -> Execution:
         async with LocalSandbox(**SMALL) as sandbox:
-            async def assassin() -> None:
-                while True:
-                    await asyncio.sleep(0.02)
-                    if sandbox._process is not None:
-                        sandbox._process.kill()
-            task = asyncio.create_task(assassin())
+            task = asyncio.create_task(assassin(sandbox))
             execution = await sandbox.run("import time\ntime.sleep(3)\nprint(1)")
             task.cancel()
             return execution
 
-    assert asyncio.run(run()).outcome == "infrastructure"
+    execution = asyncio.run(run())
+    assert execution.outcome == "infrastructure" and execution.error == "the sandbox's parent process died"
 
 
-def test_the_parent_ends_when_the_trainer_is_killed(tmp_path):
+def test_the_parent_and_its_snippets_end_when_the_trainer_is_killed(tmp_path):
     code = ("import asyncio\nfrom thor.sandbox import LocalSandbox\nasync def f():\n    async with LocalSandbox() as s:\n"
-            "        print(s.pid, flush=True)\n        await s.run('import time; time.sleep(50)')\nasyncio.run(f())")
+            "        print(s.pid, flush=True)\n        await s.run(%r)\nasyncio.run(f())" % (DAEMONS + "time.sleep(99)"))
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parent.parent)
+                               cwd=Path(__file__).parent.parent, env={**os.environ, "TMPDIR": str(tmp_path)})
     parent = int(trainer.stdout.readline())
+    while len(children(parent)) < 4:
+        time.sleep(0.01)
     trainer.kill()
-    trainer.wait()
+    trainer.communicate()
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{parent}").exists() and time.monotonic() < deadline:
+    while (processes_naming(tmp_path) or list(tmp_path.iterdir())) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not Path(f"/proc/{parent}").exists()
+    assert processes_naming(tmp_path) == [] and list(tmp_path.iterdir()) == []
 
 
-def test_a_sandbox_that_cannot_start_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize(("script", "reason"), [
+    ("exit 1", "ended"), ("exec %s -S \"$@\"" % sys.executable, "No module named 'numpy'")])
+def test_a_sandbox_that_cannot_start_is_one_clear_sentence(script, reason, tmp_path, monkeypatch):
+    """A Python that does not run, and one that lacks numpy."""
     async def open_it() -> None:
         async with LocalSandbox(**SMALL):
             pass
 
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(ValueError, match="the sandbox cannot start"):
+    python, temporary = tmp_path / "python", tmp_path / "tmp"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    temporary.mkdir()
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(ValueError, match=f"^the sandbox cannot start: .*{reason}"):
         asyncio.run(open_it())
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -205,5 +337,11 @@ def test_limits_must_be_positive(name):
 
 
 def test_a_sandbox_url_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="over HTTP"):
+    with pytest.raises(ValueError, match="http://127.0.0.1:8080: the sandbox over HTTP is not built yet"):
         open_sandbox("http://127.0.0.1:8080")
+
+
+def test_a_sandbox_is_local_or_a_url():
+    assert isinstance(open_sandbox("local"), LocalSandbox)
+    with pytest.raises(ValueError, match="somewhere: it must be local or"):
+        open_sandbox("somewhere")

@@ -2,7 +2,8 @@
 
 The local sandbox talks to a warm parent process (sandbox_server.py), which forks once per snippet. Invariants: only what
 the policy caused is judged, so a parent that dies is restarted and its snippets run again, and what still cannot be run
-is `infrastructure`; the same code gives the same output (hashes, `random` and numpy's generator are seeded alike).
+is `infrastructure`. The same code gives the same output: hashes, `random`, numpy's global and sympy's own generator are
+seeded alike for each snippet (the time, object addresses and the system's random bytes are what they are).
 """
 
 import asyncio
@@ -12,14 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-from thor.sandbox_server import Limits
+from thor.sandbox_child import Limits, remove
 from thor.trajectory import Execution
 
 START_SECONDS = 120  # for the parent's imports on a slow, busy machine
+STOP_SECONDS = 10
 MAX_TRIES = 3  # of a snippet whose parent died under it
+RETRY_SECONDS = 0.5
 
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -28,113 +33,146 @@ ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OM
 class LocalSandbox:
     """Runs snippets on this machine, `num_workers` at a time; use as `async with LocalSandbox() as sandbox`.
 
-    `cpu_seconds` (rounded up to whole seconds), `memory_mb` (beyond the warm parent's own) and `output_bytes` decide
-    outcomes; `wall_seconds` is the backstop for code that sleeps.
+    `cpu_seconds` (rounded up to whole seconds), `memory_mb` (beyond the warm parent's own) and `output_bytes` of stdout
+    decide outcomes; `wall_seconds` is the backstop for code that sleeps. Opening it raises ValueError if it cannot start.
     """
 
     def __init__(self, num_workers: int = 8, wall_seconds: float = 60.0, cpu_seconds: float = 10.0,
                  memory_mb: int = 1024, output_bytes: int = 65536):
         self.limits = Limits(num_workers, wall_seconds, cpu_seconds, memory_mb, output_bytes)
         for name, value in asdict(self.limits).items():
-            if value <= 0:
+            if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-        self._process: subprocess.Popen | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader_task: asyncio.Task | None = None
-        self._waiting: dict[int, asyncio.Future] = {}
-        self._next_id = 0
-        self._starting = asyncio.Lock()
+        self._parent: _Parent | None = None
+        self._restarting = asyncio.Lock()
 
     async def __aenter__(self) -> "LocalSandbox":
-        await self._start()
+        self._parent = await _start(self.limits)
         first = await self.run("print(1)")
         if not first.passed:
-            await self._stop()
+            await self.__aexit__()
             raise ValueError(f"the sandbox cannot start: {first.error}")
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._stop()
+        parent, self._parent = self._parent, None
+        await parent.close()
 
     async def run(self, code: str) -> Execution:
         """Run one snippet. Never raises for what the code does; `infrastructure` if the sandbox itself keeps failing."""
         reason = ""
-        for _ in range(MAX_TRIES):
+        for failures in range(MAX_TRIES):
+            await asyncio.sleep(failures * RETRY_SECONDS)
             try:
-                return await self._request(code)
-            except (ConnectionError, ValueError) as error:
+                execution = await (await self._living_parent()).request(code)
+            except (OSError, ValueError) as error:
                 reason = str(error)
+                continue
+            if execution.outcome != "infrastructure":
+                return execution
+            reason = execution.error
         return Execution("infrastructure", "", reason, 0.0)
 
     @property
     def pid(self) -> int:
         """The warm parent's process id."""
-        assert self._process is not None, "the sandbox is not open"
-        return self._process.pid
+        assert self._parent is not None, "the sandbox is not open"
+        return self._parent.process.pid
 
-    async def _request(self, code: str) -> Execution:
-        async with self._starting:
-            if self._process is None or self._reader_task.done():
-                await self._stop()
-                await self._start()
-        self._next_id += 1
-        answer = self._waiting[self._next_id] = asyncio.get_running_loop().create_future()
-        frame = json.dumps({"id": self._next_id, "code": code}).encode()
-        self._writer.write(len(frame).to_bytes(4, "big") + frame)
-        await self._writer.drain()
+    async def _living_parent(self) -> "_Parent":
+        """The parent, another one if it has died. ValueError if none can be started."""
+        async with self._restarting:
+            assert self._parent is not None, "the sandbox is not open"
+            if self._parent.reading.done():
+                await self._parent.close()
+                self._parent = await _start(self.limits)
+            return self._parent
+
+
+class _Parent:
+    """One life of the warm process: its directory, its socket, and who waits for which answer."""
+
+    def __init__(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="thor-sandbox-")
+        os.chmod(self.directory, 0o711)  # snippets may have uids of their own
+        self.complaints = tempfile.TemporaryFile()
+        self.process: subprocess.Popen | None = None
+        self.writer: asyncio.StreamWriter | None = None
+        self.reading: asyncio.Task | None = None
+        self.waiting: dict[int, asyncio.Future] = {}
+        self.num_requests = 0
+
+    async def open(self, limits: Limits) -> None:
+        """Start the process and wait until it has imported everything. Raises OSError if it does not get there."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, self.writer = await asyncio.open_connection(sock=ours)
+            command = [sys.executable, "-m", "thor.sandbox_server", str(theirs.fileno()), self.directory,
+                       json.dumps(asdict(limits))]
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=ENVIRONMENT, cwd=Path(__file__).parent.parent,
+                start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.complaints)
+        await asyncio.wait_for(_read_frame(reader), START_SECONDS)
+        self.reading = asyncio.create_task(self._read_answers(reader))
+
+    async def request(self, code: str) -> Execution:
+        """One snippet's result. ConnectionError if the process dies first."""
+        self.num_requests += 1
+        number, frame = self.num_requests, json.dumps({"id": self.num_requests, "code": code}).encode()
+        answer = self.waiting[number] = asyncio.get_running_loop().create_future()
+        self.writer.write(len(frame).to_bytes(4, "big") + frame)  # if it is dead, then `reading` is about to say so
         return await answer
 
-    async def _start(self) -> None:
-        """Start the parent and wait until it has imported everything. ValueError if it cannot start."""
-        ours, theirs = socket.socketpair()
-        server = Path(__file__).with_name("sandbox_server.py")
-        command = [sys.executable, "-s", "-P", str(server), str(theirs.fileno()), json.dumps(asdict(self.limits))]
-        try:
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=ENVIRONMENT, cwd="/", start_new_session=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        except OSError as error:
-            raise ValueError(f"the sandbox cannot start: {error}") from None
-        finally:
-            theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        try:
-            await asyncio.wait_for(_read_frame(reader), START_SECONDS)
-        except (ConnectionError, TimeoutError):
-            self._process.kill()
-            complaint = self._process.stderr.read().decode("utf-8", "replace").strip().splitlines()
-            await self._stop()
-            raise ValueError(f"the sandbox cannot start: {complaint[-1] if complaint else 'no answer'}") from None
-        self._reader_task = asyncio.create_task(self._read_answers(reader))
-
     async def _read_answers(self, reader: asyncio.StreamReader) -> None:
-        """Hand each result to whoever waits for it; when the parent is gone, tell all of them."""
+        """Hand each result to whoever waits for it; when the process is gone, tell all of them."""
         try:
             while True:
                 message = await _read_frame(reader)
-                answer = self._waiting.pop(message.pop("id"))
+                answer = self.waiting.pop(message.pop("id"))
                 if not answer.done():
                     answer.set_result(Execution(**message))
-        except ConnectionError:
-            waiting, self._waiting = self._waiting, {}
-            for answer in waiting.values():
+        except OSError:
+            for answer in self.waiting.values():
                 if not answer.done():
-                    answer.set_exception(ConnectionError("the sandbox's parent process died"))
+                    answer.set_exception(ConnectionError(f"the sandbox's parent process died{self.complaint()}"))
 
-    async def _stop(self) -> None:
-        """Hang up, and wait for the parent to have cleared everything away."""
-        if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
+    async def close(self) -> None:
+        """Hang up, wait until the process has cleared everything away, and clear away what it could not."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.process is not None:
             try:
-                await asyncio.to_thread(self._process.wait, 10)
+                await asyncio.to_thread(self.process.wait, STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-            self._process.stderr.close()
-        if self._reader_task is not None:
-            await asyncio.gather(self._reader_task, return_exceptions=True)
-        self._process = self._writer = self._reader_task = None
+                self.process.kill()
+                self.process.wait()
+            if self.process.returncode != 0:
+                await asyncio.to_thread(_kill_leftovers, self.directory)
+        if self.reading is not None:
+            await self.reading
+        await asyncio.to_thread(remove, self.directory)
+        self.complaints.close()
+
+    def complaint(self) -> str:
+        """The last line that the process wrote to stderr, to append to a sentence."""
+        self.complaints.seek(0)
+        lines = self.complaints.read().decode("utf-8", "replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+
+async def _start(limits: Limits) -> _Parent:
+    """A warm parent that answers. ValueError if there is none to be had."""
+    parent = None
+    try:
+        parent = _Parent()
+        await parent.open(limits)
+        return parent
+    except OSError as error:
+        reason = parent and parent.complaint() or f": {error or 'no answer'}"
+        raise ValueError(f"the sandbox cannot start{reason}") from None
+    finally:
+        if parent is not None and parent.reading is None:
+            await parent.close()
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> dict:
@@ -143,11 +181,40 @@ async def _read_frame(reader: asyncio.StreamReader) -> dict:
         size = int.from_bytes(await reader.readexactly(4), "big")
         return json.loads(await reader.readexactly(size))
     except asyncio.IncompleteReadError:
-        raise ConnectionError("the sandbox's parent process hung up") from None
+        raise ConnectionError("its process ended") from None
+
+
+def _kill_leftovers(directory: str) -> None:
+    """End what the snippets of a parent that was killed had started: their main processes died with it.
+
+    Forks have its command line, other programs its environment; both name its directory.
+    """
+    for _ in range(100):
+        pids = [int(pid) for pid in filter(str.isdecimal, os.listdir("/proc")) if _names(pid, directory)]
+        if not pids:
+            return
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:  # it has just ended, or is not ours to kill
+                continue
+        time.sleep(0.01)
+
+
+def _names(pid: str, directory: str) -> bool:
+    for file in ("cmdline", "environ"):
+        try:
+            if directory.encode() in Path(f"/proc/{pid}/{file}").read_bytes():
+                return True
+        except OSError:  # it has just ended, or is not ours to read
+            continue
+    return False
 
 
 def open_sandbox(spec: str) -> LocalSandbox:
-    """The sandbox that `--sandbox` names."""
+    """The sandbox that `--sandbox local|URL[,URL…]` names. ValueError for what there is not."""
     if spec == "local":
         return LocalSandbox()
-    raise ValueError(f"--sandbox {spec}: sandboxes over HTTP are not supported yet; use local")
+    if spec.startswith(("http://", "https://")):
+        raise ValueError(f"--sandbox {spec}: the sandbox over HTTP is not built yet; use local")
+    raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")

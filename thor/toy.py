@@ -8,13 +8,19 @@ anything is sampled, so no held-out problem was ever seen.
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from thor import config
+from thor.config import option
 
 SPLITS = ("train", "tune", "held-out")
 LETTERS = "abcdghkmnpqst"  # 13 letters that a program may call its variables
@@ -145,7 +151,9 @@ def _draw(rng: random.Random, family: str, split: str) -> ToyProblem:
         step = Step(TASKS[first], _numbers(rng, TASKS[first]))
         later = None if second is None else _numbers(rng, TASKS[second])
         drawn = step.numbers if later is None else step.numbers | {f"later {k}": v for k, v in later.items() if k != place}
-        if split_of(family, drawn) == split and (later is None or _fits(TASKS[second], place, result_of(step))):
+        if split_of(family, drawn) != split or result_of(step) in ("0", "1"):  # too easily guessed
+            continue
+        if later is None or _fits(TASKS[second], place, result_of(step)):
             break
     if later is None:
         return _single(rng, family, step)
@@ -237,3 +245,63 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@dataclass
+class ToyOptions:
+    """What `python -m thor.toy` writes; everything follows from these numbers."""
+
+    out: str = config.required("directory for the untrained model, the data and the problems")
+    seed: int = option(0, "seed of weights, data and problems")
+    num_texts: int = option(4800, "records of the base model: half text solutions, half programs with their outputs")
+    num_solutions: int = option(9600, "tool-integrated solutions of the cold start")
+    num_problems: int = option(4000, "problems of RL")
+    num_held_out: int = option(400, "held-out problems, and as many for tuning")
+    fixed_names: float = option(0.5, "share of programs with their default variable names: the less, the more code fails")
+
+
+def main(options: ToyOptions) -> None:
+    """Write everything that the demo starts from."""
+    out, rng = Path(options.out), random.Random(options.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    write_model(out / "untrained", options.seed)
+    texts = [text_record(problem, rng, options.fixed_names, index % 2 == 0) for index, problem in enumerate(
+        problems("train", options.num_texts, options.seed + 1))]
+    solutions = [{"question": problem.question, "response": code_solution(problem, rng, options.fixed_names)}
+                 for problem in problems("train", options.num_solutions, options.seed + 2)]
+    write_lines(out / "texts.jsonl", texts)
+    write_lines(out / "cold_start.jsonl", solutions)
+    for split, count in (("train", options.num_problems), ("tune", options.num_held_out), ("held-out", options.num_held_out)):
+        write_lines(out / f"{split}.jsonl", [
+            {"id": problem.id, "question": problem.question, "answer": problem.answer, "family": problem.family}
+            for problem in problems(split, count, options.seed + 3)])
+
+
+def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, as_text: bool) -> dict[str, str]:
+    """What the base model reads: a problem solved by text alone, or a program with its output, but never both."""
+    if as_text:
+        return {"question": problem.question, "response": text_solution(problem)}
+    step, result = problem.steps[0], problem.results[0]
+    program = code_block(step, rng, fixed_names)
+    return {"question": f"Write a program for {step.goal}.", "response": f"{program}```output\n{result}\n```\n"}
+
+
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def write_model(directory: Path, seed: int) -> None:
+    """An untrained Llama of half a million parameters with the world's tokenizer, as a Hugging Face directory."""
+    tokenizer = make_tokenizer()
+    shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
+                        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(shape).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    config.run(main, ToyOptions, __doc__)
