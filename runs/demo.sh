@@ -1,3 +1,63 @@
 #!/usr/bin/env bash
-# The demo. Until training exists it is the real run of runs/smollm2.sh.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/smollm2.sh" "$@"
+# Every stage of the method on a small model trained from scratch, on two CPU cores: a base model, the cold start,
+# trajectory RL, trajectory and step RL from the same start, evaluation with and without self-correction; then the table
+# T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in generate.py:
+#     python generate.py --model out/demo/t5/latest --style base --instruction "" --question "What is the least common multiple of 36 and 87?"
+# --quick: a few minutes, small rounds, to see that it works. --hard: variable names that a small model mixes up.
+# --seed N: another seed. The same command continues a run that was stopped.
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+SEED=0 NAME=demo NAMES=0.5 ROUNDS=36 HELD_OUT=400 TEXTS=4800 SOLUTIONS=9600 PROBLEMS=32
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 PROBLEMS=8 ;;
+        --hard) NAME=demo-hard NAMES=0.25 ROUNDS=16 ;;
+        --seed) SEED=$2; shift ;;
+        *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
+    esac
+    shift
+done
+[ "$SEED" = 0 ] || NAME=$NAME-$SEED
+OUT=out/$NAME
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+STYLE=(--style base --instruction "" --threads 1)
+SFT=(--epochs 2 --batch 32 --lr 4e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
+RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
+    --nll_weight 0.1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
+    --slots 128 --save_every 4 --seed "$SEED")
+CODE=(--suffix_tokens 12 --max_branch_tokens 100)
+SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
+mkdir -p "$OUT"
+
+# stage NAME command…: its output goes to a file, its last line is shown; together: two stages side by side
+stage() {
+    local name=$1; shift
+    echo "$(date +%T) $name …"
+    "$@" > "$OUT/$name.log" 2>&1 || { tail -n 5 "$OUT/$name.log" >&2; fail "$name failed; see $OUT/$name.log"; }
+}
+together() { "$@" & BESIDE=$!; }
+join() { wait "$BESIDE" || exit 2; }
+
+[ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
+    --num_solutions "$SOLUTIONS" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"
+stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
+together stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \
+    "${STYLE[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
+stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}"
+join
+together stage trajectory-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t4" \
+    "${STYLE[@]}" "${RL[@]}" "${CODE[@]}" --branches 0
+stage hierarchical-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t5" \
+    "${STYLE[@]}" "${RL[@]}" "${CODE[@]}" --branches 8
+join
+
+evaluate() { # model, temperature, corrections
+    local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
+    stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
+        "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
+}
+half() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run#*-}"; done; done; }
+together half t1-0 t4-0 t4-4 t5-0
+half t2-0 t3-0 t3-4 t5-4
+join
+python runs/demo_table.py "$OUT"

@@ -108,8 +108,8 @@ def write_problems(path: Path, num_problems: int, seed: int) -> None:
 def gsm_symbolic(num_problems: int, seed: int) -> list[tuple[str, str]]:
     """(question, answer) pairs of reasoning-gym's gsm_symbolic.
 
-    Importing reasoning_gym itself imports all its games, one of which needs a package that only a C compiler can install;
-    so its two outer packages are entered as empty ones that know where their parts lie.
+    Importing reasoning_gym itself imports all its games, and one of them needs a package that only a C compiler can
+    install; so its two outer packages are entered as empty ones that know where their parts lie.
     """
     for name in ("reasoning_gym", "reasoning_gym.arithmetic"):
         if name not in sys.modules:

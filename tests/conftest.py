@@ -1,4 +1,4 @@
-"""Fixtures shared by the test files: a tiny trained model, tiny random models of every type, a fixed number of threads."""
+"""Fixtures shared by the test files: a tiny trained model, random models of every type, one thread."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packed attention against a written-out softmax, cached against its slow twin, and the bits of a token in any batch."""
+"""Packed attention against a written-out softmax, cached against its slow twin, a token's bits in any batch."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The engine against a plain forward that recomputes everything, and what it may not do: compute twice, depend on mates."""
+"""The engine against a plain forward that recomputes everything; it may not compute twice or depend on mates."""
 
 import asyncio
 import random
@@ -31,7 +31,7 @@ def run(coroutine: Coroutine):
 
 @dataclass
 class Mirror:
-    """What a sequence must hold, kept by copying; `drawn` has (key, sampling) for sampled tokens, None for given ones."""
+    """What a sequence must hold; `drawn` has (key, sampling) for sampled tokens, None for given ones."""
 
     sequence: Sequence
     key: bytes
@@ -53,7 +53,7 @@ class Mirror:
 
 
 def check_token(logits: torch.Tensor, token: int, noise: float, sampling: Sampling, logprob: float) -> float:
-    """The token is what its noise gives under the plain forward's logits, but for rounding; returns the log-prob's error."""
+    """The token is what its noise gives under the plain forward's logits; returns the log-prob's error."""
     if sampling.temperature == 0:
         assert logits[token] > logits.max() - 1e-3
         return abs(logits.log_softmax(-1)[token].item() - logprob)
@@ -142,7 +142,7 @@ def test_greedy_decoding_takes_the_plain_forwards_likeliest_tokens(random_direct
 
 
 async def many_turns(engine: Engine, ids: list[int], name: int, pauses: random.Random) -> tuple[list, list]:
-    """A trajectory with everything in it: two forks that backtrack and observe, at moments that `pauses` moves about."""
+    """A trajectory with everything in it: two forks that backtrack and observe, at moments that `pauses` moves."""
     parent = engine.new(ids, noise_key(name))
     await engine.prefill(parent)
     results = []
@@ -313,7 +313,8 @@ def test_a_full_context_is_a_length_and_never_an_error(model):
     async def fill() -> tuple[str, str, int]:
         engine = Engine(model, NO_EOS, num_slots=1, max_tokens=64)
         sequence = engine.new([1] * 50, b"a")
-        return await engine.sample(sequence, Sampling(), 1000), await engine.sample(sequence, Sampling(), 5), len(sequence.ids)
+        reasons = await engine.sample(sequence, Sampling(), 1000), await engine.sample(sequence, Sampling(), 5)
+        return *reasons, len(sequence.ids)
 
     assert run(fill()) == ("length", "length", 64)
 
@@ -337,7 +338,8 @@ def test_a_tool_call_overlaps_with_decoding(model):
 
         async def act() -> None:
             await engine.sample(engine.new([1], b"a"), Sampling(), 5)
-            tool = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(6*7)", stdout=asyncio.subprocess.PIPE)
+            tool = await asyncio.create_subprocess_exec(sys.executable, "-c", "print(6*7)",
+                                                        stdout=asyncio.subprocess.PIPE)
             answers.append((await tool.communicate())[0])
 
         decoding = engine.sample(engine.new([2], b"b"), Sampling(), 49_000, lambda token: bool(answers))

@@ -17,8 +17,9 @@ def example() -> Trajectory:
     spans = [Span(THINK, 0, 3), Span(ACT, 3, 6), Span(OBSERVE, 6, 8), Span(ACT, 8, 10), Span(OBSERVE, 10, 11),
              Span(THINK, 11, 14)]
     logprobs = [-0.5] * 6 + [None] * 2 + [-1.5] * 2 + [None] + [-0.1] * 3
-    return Trajectory("p1", 2, "2+2?", "4", [9, 9], list(range(14)), logprobs, spans, [ERROR, OK],
-                      [Attempt(0, 1, [5, 6], [-0.1, -0.2], ERROR)], "…text ∑", "4", True, "eos", 1, 0.6, 16, False, 3, "dir")
+    attempts = [Attempt(0, 1, [5, 6], [-0.1, -0.2], ERROR)]
+    return Trajectory("p1", 2, "2+2?", "4", [9, 9], list(range(14)), logprobs, spans, [ERROR, OK], attempts, "…text ∑", "4",
+                      True, "eos", 1, 0.6, 16, False, 3, "dir")
 
 
 def test_spans_tile_the_response():

@@ -1,4 +1,4 @@
-"""Hugging Face directories, read and written: what transformers wrote we load, what we write it loads, the rest we refuse."""
+"""Hugging Face directories: what transformers wrote we load, what we write it loads, and the rest we refuse."""
 
 import json
 import shutil
@@ -75,7 +75,8 @@ def test_old_configs_with_rope_theta_are_the_same_model(random_directories, tmp_
 
 def test_a_tied_head_stored_a_second_time_is_the_embedding(random_directories, tmp_path):
     directory = shutil.copytree(random_directories["llama-tied"], tmp_path / "model")
-    change_tensors(directory, {"lm_head.weight": load_file(directory / "model.safetensors")["model.embed_tokens.weight"]})
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    change_tensors(directory, {"lm_head.weight": embedding})
     assert "lm_head.weight" not in load_model(directory).state_dict()
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from thor.cache import KEY_BLOCK, KVCache, round_up
 from thor.model import Attend, Decoder
 
-# MKL's strict mode: a row of a product has the same bits whatever the number of rows, at no cost in speed. It is read at
-# the process's first product, so it must be set before that; where it came too late or is unknown, `self_test` says so.
+# MKL's strict mode: a row of a product has the same bits whatever the number of rows, at no cost in speed. It is read
+# at the process's first product, so it must be set before that; where it came too late, the engine's self-test says so.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 ROW_BLOCK = 8
@@ -160,7 +160,7 @@ def _mix(q_THD: Tensor, keys: Tensor, values: Tensor, piece: _Piece, group: int)
 
 
 def feed(model: Decoder, cache: KVCache, rows: list[Row], ids: list[int], exact: bool) -> Tensor:
-    """One forward: `ids` are the new tokens of `rows`, which come in order of slot. Hidden states [T, E], then padding."""
+    """One forward: `ids` are the new tokens of `rows`, in order of slot. Hidden states [T, E], then padding."""
     padding = [0] * (-len(ids) % ROW_BLOCK if exact else 0)
     positions = [row.start + i for row in rows for i in range(row.count)]
     device = cache.keys.device

@@ -53,6 +53,6 @@ class KVCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give `target` the first `length` tokens of `source`, all layers: what a fork costs."""
-        heads = self.num_kv_heads
         for store in (self.keys, self.values):
-            store[:, target * heads:(target + 1) * heads, :length] = store[:, source * heads:(source + 1) * heads, :length]
+            by_slot = store.unflatten(1, (self.num_slots, self.num_kv_heads))  # [layers, S, K, P, D]
+            by_slot[:, target, :, :length] = by_slot[:, source, :, :length]

@@ -127,7 +127,7 @@ class Engine:
 
     @torch.inference_mode()
     def self_test(self) -> bool:
-        """Whether a token's logits have the same bits alone and in a batch, in one pass and recomputed, on this machine.
+        """Whether here a token's logits have the same bits alone and in a batch, in one pass and recomputed.
 
         If not, trajectories are still exact samples with exact log-probs, but they are not repeatable across batches.
         """
@@ -248,7 +248,7 @@ class Engine:
         return sorted(batch, key=lambda request: request.sequence.slot)
 
     def _take_slot(self, sequence: Sequence, waiting: set[int]) -> bool:
-        """Give `sequence` a slot, evicting the least recently used idle one if none is free, and its family's prefix."""
+        """Give `sequence` a slot, evicting the least recently used idle one if need be, and its family's prefix."""
         donor, shared = _closest_relative(sequence)
         slot = self.cache.take()
         if slot is None:

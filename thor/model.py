@@ -182,7 +182,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     scaling = config.llama3_rope
     if scaling is None:
         return frequencies
-    # 0 where a wavelength exceeds the original context / low factor (stretch), 1 where it is short (leave), linear between
+    # 0 where a wavelength exceeds the original context / low factor (stretch), 1 where it is short (leave)
     turns = scaling.original_context * frequencies / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)

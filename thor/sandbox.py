@@ -1,6 +1,6 @@
 """Running code that a model wrote: `await sandbox.run(code) -> Execution`, with a typed outcome and never an exception.
 
-The local sandbox talks to a warm parent process (sandbox_server.py), which forks once per snippet. Invariants: only what
+The local sandbox talks to a warm parent process (sandbox_server.py) that forks once per snippet. Invariants: only what
 the policy caused is judged, so a parent that dies is restarted and its snippets run again, and what still cannot be run
 is `infrastructure`. The same code gives the same output: hashes, `random`, numpy's global and sympy's own generator are
 seeded alike for each snippet (the time, object addresses and the system's random bytes are what they are).
@@ -34,7 +34,7 @@ class LocalSandbox:
     """Runs snippets on this machine, `num_workers` at a time; use as `async with LocalSandbox() as sandbox`.
 
     `cpu_seconds` (rounded up to whole seconds), `memory_mb` (beyond the warm parent's own) and `output_bytes` of stdout
-    decide outcomes; `wall_seconds` is the backstop for code that sleeps. Opening it raises ValueError if it cannot start.
+    decide outcomes; `wall_seconds` is the backstop for code that sleeps. Opening raises ValueError if it cannot start.
     """
 
     def __init__(self, num_workers: int = 8, wall_seconds: float = 60.0, cpu_seconds: float = 10.0,
@@ -59,7 +59,7 @@ class LocalSandbox:
         await parent.close()
 
     async def run(self, code: str) -> Execution:
-        """Run one snippet. Never raises for what the code does; `infrastructure` if the sandbox itself keeps failing."""
+        """Run one snippet. Never raises for what code does; `infrastructure` if the sandbox itself keeps failing."""
         reason = ""
         for failures in range(MAX_TRIES):
             await asyncio.sleep(failures * RETRY_SECONDS)

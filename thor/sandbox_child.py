@@ -1,9 +1,10 @@
 """What one snippet gets: a process that has given up all it inherited, and Python as if it had just been started.
 
 Runs in a child of the warm parent (sandbox_server.py). Invariant: nothing of the harness can be reached once the code
-runs: no descriptor but 0, 1 and 2, no handler, no variable. Where the parent is root, a snippet has a uid of its own, so
-it can neither signal other processes nor write outside its directory. That guards against accidents; it is no isolation
-against an attacker, who can still read files and use the network. `confine` is the place for more.
+runs: no descriptor but 0, 1 and 2, no handler, no variable. Where the parent is root, a snippet has a uid of its own:
+it cannot signal other processes, and writes nowhere but in its directory and where anyone may (without the capability
+DAC_READ_SEARCH, as in a plain container, it keeps DAC_OVERRIDE and may still write). That guards against accidents; it
+is no isolation against an attacker, who can read files and use the network. `confine` is the place for more.
 """
 
 import atexit
@@ -24,6 +25,7 @@ import types
 from dataclasses import dataclass
 from typing import NoReturn
 
+SETUP = 3  # the descriptor on which a child says that it could not be confined
 FILE_BYTES = 64 << 20
 MAX_FILES = 256
 MAX_PROCESSES = 64  # of one snippet that has a uid of its own
@@ -57,6 +59,7 @@ class Confinement:
     """What a child gives up: worked out once, so that a fork has little to do. `first_uid` None: our own uid."""
 
     parent: int
+    null: int  # a descriptor of /dev/null
     num_fds: int
     rlimits: list[tuple[int, tuple[int, int]]]
     first_uid: int | None
@@ -76,7 +79,8 @@ def plan_confinement(directory: str, limits: Limits) -> Confinement:
         if ceiling != resource.RLIM_INFINITY:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
         rlimits.append((kind, (soft, hard)))
-    return Confinement(os.getpid(), os.sysconf("SC_OPEN_MAX"), rlimits, first_uid)
+    null = os.open(os.devnull, os.O_RDONLY)
+    return Confinement(os.getpid(), null, os.sysconf("SC_OPEN_MAX"), rlimits, first_uid)
 
 
 def first_own_uid(directory: str) -> int | None:
@@ -97,24 +101,27 @@ def first_own_uid(directory: str) -> int | None:
 
 
 def run_child(code: str, directory: str, pipes: list[int], worker: int, confinement: Confinement) -> NoReturn:
-    """In the forked child: confine it, then run the code."""
+    """In the forked child: confine it, then run the code. `pipes`: for stdout, stderr and what goes wrong here."""
     status = 1
     try:
+        for target, source in enumerate((confinement.null, *pipes)):
+            os.dup2(source, target)
+        os.closerange(SETUP + 1, confinement.num_fds)
         try:
-            confine(directory, pipes, worker, confinement)
+            confine(directory, worker, confinement)
         except (OSError, ValueError, MemoryError) as error:
-            os.write(pipes[2], repr(error).encode())
+            os.write(SETUP, repr(error).encode())
         else:
             status = run_code(code)
     finally:
         os._exit(status)
 
 
-def confine(directory: str, pipes: list[int], worker: int, confinement: Confinement) -> None:
-    """The one place where a child gives up what it inherited: session, rights, limits, environment, descriptors."""
+def confine(directory: str, worker: int, confinement: Confinement) -> None:
+    """The one place where a child gives up what it inherited: session, rights, limits, environment, streams."""
     os.setsid()
     if confinement.first_uid is not None:
-        take_uid(FIRST_UID + (confinement.first_uid - FIRST_UID + worker) % NUM_UIDS, directory, pipes)
+        take_uid(FIRST_UID + (confinement.first_uid - FIRST_UID + worker) % NUM_UIDS, directory)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid, a change of which resets it
     if os.getppid() != confinement.parent:
@@ -125,17 +132,15 @@ def confine(directory: str, pipes: list[int], worker: int, confinement: Confinem
     os.environ.update(HOME=directory, TMPDIR=directory)
     tempfile.tempdir = None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for target, source in enumerate((os.open(os.devnull, os.O_RDONLY), *pipes[:2])):
-        os.dup2(source, target)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace", closefd=False)
-    os.closerange(3, confinement.num_fds)
+    os.close(SETUP)
 
 
-def take_uid(uid: int, directory: str, pipes: list[int]) -> None:
-    """From root to an ordinary user who owns its directory and may read what root may (Python can lie in root's home)."""
-    for place in (directory, *pipes):
+def take_uid(uid: int, directory: str) -> None:
+    """From root to an ordinary user with a directory, who may read what root may (Python can lie in root's home)."""
+    for place in (directory, 1, 2):
         os.chown(place, uid, uid)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -191,7 +196,7 @@ def end_python() -> None:
 
 
 def clear(directory: str) -> None:
-    """Undo what a snippet did to its directory. An untouched one serves again: a file system may take long to delete."""
+    """Undo what a snippet did to its directory. An untouched one serves again: deleting can take milliseconds."""
     try:
         untouched = os.lstat(directory).st_mode == stat.S_IFDIR | 0o700 and not os.listdir(directory)
     except OSError:  # it is gone, or something else now

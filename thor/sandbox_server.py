@@ -185,7 +185,7 @@ class Server:
             self.selector.unregister(fd)  # closed by the child; its exit comes by the pidfd
 
     def _read_pipe(self, snippet: Snippet, fd: int) -> bytes | None:
-        """Read once: b"" at the end, None if there is nothing now. Over the limit it kills and what comes is dropped."""
+        """Read once: b"" at the end, None if there is nothing now. Over the limit it kills, and drops what comes."""
         try:
             data = os.read(fd, READ_BYTES)
         except BlockingIOError:

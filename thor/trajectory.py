@@ -111,7 +111,7 @@ def check_spans(spans: list[Span], length: int) -> None:
 
 
 def loss_mask(spans: list[Span], length: int) -> list[bool]:
-    """m of Eq. 5, one bool per response token: True on think and act (the end-of-turn token is one), False on observe."""
+    """m of Eq. 5, one bool per response token: True on think and act (end of turn included), False on observe."""
     check_spans(spans, length)
     return [span.kind != OBSERVE for span in spans for _ in range(span.start, span.end)]
 
@@ -180,7 +180,7 @@ def _build(record: dict) -> Trajectory:
     values["spans"] = [Span(**span) for span in values["spans"]]
     values["executions"] = [run and Execution(**run) for run in values["executions"]]
     attempts = [dict(attempt) for attempt in values.get("attempts", [])]
-    values["attempts"] = [Attempt(**{**attempt, "execution": Execution(**attempt["execution"])}) for attempt in attempts]
+    values["attempts"] = [Attempt(**attempt | {"execution": Execution(**attempt["execution"])}) for attempt in attempts]
     trajectory = Trajectory(**values)
     _check(trajectory)
     return trajectory

@@ -18,8 +18,9 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
-    """The model of a Hugging Face directory, weights in `dtype`. Raises ValueError for what cannot be loaded exactly."""
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu") -> Decoder:
+    """The model of a Hugging Face directory, weights in `dtype`. ValueError for what cannot be loaded exactly."""
     config = read_config(directory)
     with torch.device("meta"):
         model = Decoder(config)
@@ -32,7 +33,8 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     return model.to(device)
 
 
-def save_model(model: Decoder, directory: str | Path, config_directory: str | Path, max_shard_size: str = "5GB") -> None:
+def save_model(model: Decoder, directory: str | Path, config_directory: str | Path,
+               max_shard_size: str = "5GB") -> None:
     """Write weights and config.json; the config is that of `config_directory` with the dtype of the weights."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,8 @@ def read_config(directory: str | Path) -> ModelConfig:
     raw = _read_json(Path(directory) / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{directory}: model_type {family!r} is not supported; it must be one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{directory}: model_type {family!r} is not supported; it must be "
+                         f"one of {', '.join(FAMILIES)}")
     _refuse_unsupported(raw, directory)
     heads = raw["num_attention_heads"]
     theta, scaling = _read_rope(raw, directory)
@@ -108,8 +111,8 @@ def _read_rope(raw: dict, directory: str | Path) -> tuple[float, Llama3Rope | No
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
     theta = rope.get("rope_theta") or raw.get("rope_theta")
     if theta is None:
-        raise ValueError(f"{directory}: config.json has neither rope_parameters nor rope_theta; guessing the base would "
-                         f"give a wrong model")
+        raise ValueError(f"{directory}: config.json has neither rope_parameters nor rope_theta; guessing the base "
+                         f"would give a wrong model")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise ValueError(f"{directory}: partial_rotary_factor is not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -152,4 +155,5 @@ def _check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor], direct
         raise ValueError(f"{directory}: the checkpoint has a tensor {name} that this architecture does not use")
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
-            raise ValueError(f"{directory}: {name} has shape {list(tensors[name].shape)}, expected {list(tensor.shape)}")
+            raise ValueError(f"{directory}: {name} has shape {list(tensors[name].shape)}, "
+                             f"expected {list(tensor.shape)}")

@@ -1,0 +1,82 @@
+"""The demo's table T1 … T6 from its evaluations, on the console and as Markdown, and the curves of its RL runs.
+
+    python runs/demo_table.py out/demo
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from thor import config  # noqa: E402
+from thor.metrics import bootstrap, plot  # noqa: E402
+from thor.data import read_trajectories  # noqa: E402
+
+# Row -> (model, corrections). T6 is T5 with self-correction at inference.
+ROWS = {"T1 base, text only": ("t1", 0), "T2 = T1 + text RL": ("t2", 0), "T3 = T1 + cold start": ("t3", 0),
+        "T3 + self-correction": ("t3", 4), "T4 = T3 + trajectory RL": ("t4", 0), "T4 + self-correction": ("t4", 4),
+        "T5 = T3 + hierarchical RL": ("t5", 0), "T6 = T5 + self-correction": ("t5", 4)}
+DIFFERENCES = (("T3 + self-correction", "T3 = T1 + cold start"), ("T4 = T3 + trajectory RL", "T3 = T1 + cold start"),
+               ("T5 = T3 + hierarchical RL", "T4 = T3 + trajectory RL"),
+               ("T6 = T5 + self-correction", "T5 = T3 + hierarchical RL"))
+
+
+@dataclass
+class Options:
+    """One flag a field."""
+
+    out: str = config.required("directory of the demo")
+
+
+def main(options: Options) -> None:
+    """Print and write the tables of both temperatures, and draw the curves."""
+    out, parts = Path(options.out), []
+    for temperature in ("1.0", "0.6"):
+        parts.append(f"Temperature {temperature}\n\n" + table(out, temperature) + "\n\n" + differences(out, temperature))
+    text = "\n\n".join(parts) + "\n"
+    (out / "table.md").write_text(text)
+    plot([out / "t4", out / "t5"], out / "curves.png")
+    print(text + f"\nwritten to {out / 'table.md'}; curves in {out / 'curves.png'}")
+
+
+def table(out: Path, temperature: str) -> str:
+    """Accuracy, pass rate and both conditional probabilities of each row, with 95 % intervals over problems."""
+    lines = ["| | accuracy | execution pass rate | correct if all ran | correct if some failed |", "| --- " * 5 + "|"]
+    for name, (model, corrections) in ROWS.items():
+        metrics = json.loads((out / f"{model}-{temperature}-{corrections}.json").read_text())["metrics"]
+        accuracy = metrics[next(key for key in metrics if key.startswith("avg@"))]
+        cells = [accuracy, metrics["execution_pass_rate"], metrics["correct_if_all_ran"], metrics["correct_if_some_failed"]]
+        lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
+    return "\n".join(lines)
+
+
+def cell(metric: dict) -> str:
+    """value [low, high], and n for a rate over something else than problems."""
+    if metric["value"] is None:
+        return "–"
+    number = f", n = {metric['n']}" if "n" in metric else ""
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]{number}"
+
+
+def differences(out: Path, temperature: str) -> str:
+    """Paired differences in accuracy, problem by problem."""
+    lines = ["| difference in accuracy | |", "| --- | --- |"]
+    for later, earlier in DIFFERENCES:
+        a, b = (by_problem(out, temperature, *ROWS[name]) for name in (later, earlier))
+        lines.append(f"| {later.split()[0]} {'(corrected) ' if later.startswith('T3 +') else ''}− {earlier.split()[0]} | "
+                     + cell(bootstrap([a[key] - b[key] for key in sorted(a)])) + " |")
+    return "\n".join(lines)
+
+
+def by_problem(out: Path, temperature: str, model: str, corrections: int) -> dict[str, float]:
+    """Mean correctness of each problem."""
+    totals: dict[str, list[bool]] = {}
+    for trajectory in read_trajectories(out / f"{model}-{temperature}-{corrections}.responses.jsonl"):
+        totals.setdefault(trajectory.id, []).append(trajectory.correct)
+    return {key: sum(values) / len(values) for key, values in totals.items()}
+
+
+if __name__ == "__main__":
+    config.run(main, Options, __doc__, ["--out", *sys.argv[1:]] if len(sys.argv) == 2 else None)
