@@ -18,8 +18,8 @@ def example() -> Trajectory:
              Span(THINK, 11, 14)]
     logprobs = [-0.5] * 6 + [None] * 2 + [-1.5] * 2 + [None] + [-0.1] * 3
     attempts = [Attempt(0, 1, [5, 6], [-0.1, -0.2], ERROR)]
-    return Trajectory("p1", 2, "2+2?", "4", [9, 9], list(range(14)), logprobs, spans, [ERROR, OK], attempts, "…text ∑", "4",
-                      True, "eos", 1, 0.6, 16, False, 3, "dir")
+    return Trajectory("p1", 2, "2+2?", "4", [9, 9], list(range(14)), logprobs, spans, [ERROR, OK], attempts, "…text ∑",
+                      "4", True, "eos", 1, 0.6, 16, False, 3, "dir")
 
 
 def test_spans_tile_the_response():

@@ -25,6 +25,7 @@ from pathlib import Path
 from thor.trajectory import Execution, Trajectory
 
 BOX_OR_BRACE = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
+INTEGER = re.compile(r"-?\d+")
 GRADE_SECONDS = 5.0  # CPU time of one comparison, so that a busy machine does not change a verdict
 WALL_FACTOR = 6  # and of wall-clock, should a comparison ever sleep
 WORKER_BYTES = 4 << 30
@@ -107,6 +108,8 @@ class Grader:
             return gold == answer != ""
         if _words(gold) and _words(answer):
             return _words(gold) == _words(answer)
+        if INTEGER.fullmatch(gold) and INTEGER.fullmatch(answer):  # most pairs: no need to ask a worker
+            return int(gold) == int(answer)
         return comparable(gold, answer) and self._verdict(gold, answer)
 
     def _ask(self, gold: str, answer: str) -> bool:
