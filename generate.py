@@ -66,6 +66,7 @@ class GenerateOptions:
     suffix_tokens: int = option(100, "tokens of reasoning that a retry samples again, L_suf")
     max_thinking_tokens: int = option(0, "thinking budget, after which </think> is written for the model; 0 is off")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
+    cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
     dtype: str = option("float32", "float32 or bfloat16")
     exact: str = option("on", "on: on a CPU a trajectory does not depend on its batch mates; off: a little faster")
@@ -173,7 +174,7 @@ async def grade(trajectory: Trajectory) -> bool:
 async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]],
               done: Callable[[Trajectory], Awaitable[None]]) -> None:
     """Solve `jobs`, (problem, sample numbers) each; `done` gets every trajectory as it ends."""
-    closed_sandbox = open_sandbox(options.sandbox)
+    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds)
     engine, in_flight = build_engine(options, template, jobs)
     async with closed_sandbox as sandbox:
         tools, gate = Tools(engine, sandbox, template), asyncio.Semaphore(in_flight)
@@ -215,7 +216,16 @@ def build_engine(options: GenerateOptions, template: Template, jobs: list[tuple[
     in_flight = min(fitting, sum(len(samples) for _, samples in jobs))
     idle = -(-in_flight // options.samples) if options.samples > 1 else 0  # first samples that wait for their siblings
     stops = stop_ids(template.tokenizer, options.model)
-    return Engine(model, stops, in_flight + idle, context, exact=options.exact == "on"), in_flight
+    engine = Engine(model, stops, in_flight + idle, context, exact=options.exact == "on")
+    warn_if_inexact(engine)
+    return engine, in_flight
+
+
+def warn_if_inexact(engine: Engine) -> None:
+    """Say aloud when this machine's libraries break the promise about batch mates."""
+    if engine.exact and engine.device.type == "cpu" and not engine.self_test():
+        print("warning: on this machine a token's logits depend on its batch; trajectories are exact samples, but not "
+              "repeatable across batches", file=sys.stderr)
 
 
 def begin_or_continue(options: GenerateOptions, out: Path) -> set[tuple[str, int]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import grade
+from generate import grade, warn_if_inexact
 from thor import config
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
 from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint
@@ -94,6 +94,7 @@ class TrainOptions:
     slots: int = option(64, "sequences in the sampler's memory at once")
     pack_tokens: int = option(16384, "tokens of one forward pass in training")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
+    cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
 
@@ -153,6 +154,7 @@ def main(options: TrainOptions) -> None:
     if run.state.round >= options.rounds:
         print(f"{out} has all {options.rounds} rounds: nothing left to do")
         return
+    warn_if_inexact(build_engine(run))
     log = MetricsLog(out, run.state.round)
     with StopRequest() as stop, tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
         while run.state.round < options.rounds and not stop.asked:
@@ -173,7 +175,7 @@ def main(options: TrainOptions) -> None:
 async def one_round(run: Run, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
     """One round of method, section 4: its metrics, and its times."""
     options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
-    async with open_sandbox(options.sandbox) as sandbox:
+    async with open_sandbox(options.sandbox, options.cpu_seconds) as sandbox:
         tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
         drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
         branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2

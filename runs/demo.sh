@@ -21,7 +21,8 @@ done
 OUT=out/$NAME
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 STYLE=(--style base --instruction "" --threads 1)
-SFT=(--epochs 2 --batch 32 --lr 4e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
+RUN=(--cpu_seconds 1)  # the programs take milliseconds; what loops for ever should not cost ten seconds
+SFT=(--batch 32 --lr 4e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
     --nll_weight 0.1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 128 --save_every 4 --seed "$SEED")
@@ -40,21 +41,21 @@ join() { wait "$BESIDE" || exit 2; }
 
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
     --num_solutions "$SOLUTIONS" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"
-stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
+stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}" --epochs 2
 together stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \
-    "${STYLE[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
-stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}"
+    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
+stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}" --epochs 1
 join
 together stage trajectory-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t4" \
-    "${STYLE[@]}" "${RL[@]}" "${CODE[@]}" --branches 0
+    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" "${CODE[@]}" --branches 0
 stage hierarchical-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t5" \
-    "${STYLE[@]}" "${RL[@]}" "${CODE[@]}" --branches 8
+    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" "${CODE[@]}" --branches 8
 join
 
 evaluate() { # model, temperature, corrections
     local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
     stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
-        "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
+        "${RUN[@]}" "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
 }
 half() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run#*-}"; done; done; }
 together half t1-0 t4-0 t4-4 t5-0

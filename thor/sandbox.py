@@ -211,10 +211,10 @@ def _names(pid: str, directory: str) -> bool:
     return False
 
 
-def open_sandbox(spec: str) -> LocalSandbox:
+def open_sandbox(spec: str, cpu_seconds: float = 10.0) -> LocalSandbox:
     """The sandbox that `--sandbox local|URL[,URL…]` names. ValueError for what there is not."""
     if spec == "local":
-        return LocalSandbox()
+        return LocalSandbox(cpu_seconds=cpu_seconds)
     if spec.startswith(("http://", "https://")):
         raise ValueError(f"--sandbox {spec}: the sandbox over HTTP is not built yet; use local")
     raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
