@@ -213,14 +213,15 @@ def draw_names(task: Task, rng: random.Random, fixed_names: float) -> dict[str, 
 
 
 def step_from_text(text: str) -> Step | None:
-    """The task that a sentence "We look for …" names, with its numbers; None for any other text."""
+    """The task that the first sentence "We look for …" names, with its numbers; None for any other text."""
+    found = []
     for task in TASKS.values():
-        pattern = re.escape(task.goal).replace(r"\{", "{").replace(r"\}", "}")
-        pattern = re.sub(r"\{([abc])\}", r"(?P<\1>\\d+)", pattern)
-        found = re.search(rf"We look for {pattern}\.", text)
-        if found:
-            return Step(task, {name: int(value) for name, value in found.groupdict().items()})
-    return None
+        pattern = re.sub(r"\\\{([abc])\\\}", r"(?P<\1>\\d+)", re.escape(task.goal))
+        match = re.search(rf"We look for {pattern}\.", text)
+        if match:
+            numbers = {name: int(value) for name, value in match.groupdict().items()}
+            found.append((match.start(), Step(task, numbers)))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
