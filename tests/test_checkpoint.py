@@ -90,6 +90,16 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, model, tiny_director
     assert step > 0 and not list(tmp_path.glob(f"*{ASIDE}"))
 
 
+def test_what_a_killed_writer_left_aside_is_cleared_away(tmp_path, model, tiny_directory):
+    """Killed between making the new link and moving it, a writer leaves a link to a whole checkpoint, which must stay."""
+    open_run(tmp_path, {}, ())
+    step = save(tmp_path, 1, model, tiny_directory)
+    (tmp_path / f"latest{ASIDE}").symlink_to(step.name)
+    (tmp_path / f"step_2{ASIDE}").mkdir()
+    open_run(tmp_path, {}, ())
+    assert not list(tmp_path.glob(f"*{ASIDE}")) and load_state(step) and latest_checkpoint(tmp_path) == step
+
+
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint_whole(tmp_path, model, tiny_directory):
     """The limit on a file's size stands in for the disk: the weights fit, the state does not; then not even they do."""
     before = save(tmp_path, 1, model, tiny_directory)
@@ -131,9 +141,10 @@ def test_a_small_file_holds_the_old_text_or_the_new(tmp_path):
 
 
 def test_the_first_ctrl_c_asks_for_a_stop_and_the_second_stops():
+    before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

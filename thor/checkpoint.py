@@ -102,7 +102,7 @@ def remove(path: Path) -> None:
     aside = path if path.name.endswith(ASIDE) else path.with_name(path.name + ".removed" + ASIDE)
     if aside != path:
         os.rename(path, aside)
-    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+    shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
 
 def _write(aside: Path, model: Decoder, model_directory: Path, state: State) -> None:
