@@ -18,7 +18,7 @@ from thor.grpo import Tokens
 from thor.model import Decoder
 from thor.trajectory import ACT, Trajectory, loss_mask
 
-CHUNK_TOKENS = 1024  # scored tokens whose logits exist at a time
+CHUNK_TOKENS = 256  # scored tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)

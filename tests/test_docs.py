@@ -1,0 +1,41 @@
+"""What the documents name exists: functions, tests, files, metrics."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def defined(path: Path) -> set[str]:
+    """Functions and classes of a file, methods too."""
+    return {node.name for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+
+
+def test_every_equation_names_a_function_that_exists():
+    rows = re.findall(r"`([\w/]+\.py): ([\w]+)`", (ROOT / "docs" / "equations.md").read_text())
+    assert len(rows) >= 8
+    assert [(file, name) for file, name in rows if name not in defined(ROOT / file)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_and_file_that_a_document_names_exists(document):
+    text = document.read_text()
+    tests = set().union(*(defined(path) for path in (ROOT / "tests").glob("test_*.py")))
+    assert {name for name in re.findall(r"`(test_\w+)`", text) if name not in tests} == set()
+    files = set(re.findall(r"`((?:thor|runs|benchmarks|tests|docs)/[\w./-]+\.\w+)", text))
+    assert {file for file in files if not (ROOT / file).exists()} == set()
+
+
+def test_every_metric_of_a_round_is_explained():
+    """The names in code, against the table; a name with a star stands for a family."""
+    explained = set(re.findall(r"`([\w/*…]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    families = tuple(name.rstrip("*") for name in explained if name.endswith("*"))
+    source = (ROOT / "thor" / "rl_metrics.py").read_text()
+    named = set(re.findall(r'"((?:trajectory|step)/\w+)"', source))
+    assert len(named) > 10
+    assert {name for name in named if name not in explained and not name.startswith(families)} == set()
