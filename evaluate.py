@@ -28,7 +28,8 @@ from thor.config import option
 from thor.data import read_trajectories
 from thor.metrics import bootstrap, pass_at_k
 from thor.reward import GRADE_SECONDS, Grader
-from thor.trajectory import OUTCOMES, Trajectory, kept_executions
+from thor.template import imitated_outputs
+from thor.trajectory import OBSERVE, OUTCOMES, Trajectory, kept_executions
 
 MAX_SUBSETS = 1000  # of the samples of one problem; beyond, maj@k is the mean over that many seeded ones
 
@@ -77,7 +78,9 @@ def generate_responses(options: EvaluateOptions, out: Path) -> Path:
         raise ValueError(f"{options.benchmark}: problem {without[0]!r} has no answer, so it cannot be graded")
     responses = out.with_name(out.stem + ".responses.jsonl")
     options.out = str(responses)
-    generate(options, problems, responses)
+    lost = generate(options, problems, responses)
+    if lost:
+        raise ValueError(f"{lost} trajectories were lost to failures of the sandbox; the same command makes them again")
     return responses
 
 
@@ -133,6 +136,8 @@ def compute_metrics(groups: list[Group], grader: Grader) -> dict[str, dict[str, 
     for name, count in (("response_tokens", lambda t: len(t.response_ids)), ("tokens_generated", lambda t: t.tokens_generated),
                         ("corrections", lambda t: t.corrections), ("code_rounds", lambda t: len(kept_executions(t)))):
         metrics[name] = per_problem(groups, lambda group: np.mean([count(t) for t in group]))
+    metrics["imitated_outputs"] = per_problem(groups, lambda group: np.mean([
+        imitated_outputs(t.text, sum(span.kind == OBSERVE for span in t.spans)) for t in group]))
     outcomes = Counter(run.outcome for group in groups for t in group for run in kept_executions(t))
     finishes = Counter(t.finish for group in groups for t in group)
     metrics["outcomes"] = {outcome: outcomes[outcome] for outcome in OUTCOMES if outcomes[outcome]}

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from thor import config
+from thor.checkpoint import write_aside
 from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
 from thor.engine import Engine
@@ -110,22 +111,28 @@ def show_solutions(options: GenerateOptions) -> None:
     asyncio.run(run(options, template, [(problem, list(range(options.samples)))], show))
 
 
-def generate(options: GenerateOptions, problems: list[Problem], out: Path) -> None:
-    """Append the trajectories of `problems` that `out` does not hold yet, graded where there is a gold answer."""
+def generate(options: GenerateOptions, problems: list[Problem], out: Path) -> int:
+    """Append the trajectories of `problems` that `out` does not hold yet, graded where there is a gold answer.
+
+    Returns how many the sandbox lost, which are not in `out`.
+    """
     template = make_template(options)
-    finished = begin_or_continue(options, out)
+    finished = begin_or_continue(options, problems, out)
     jobs = [(problem, [sample for sample in range(options.samples) if (problem.id, sample) not in finished])
             for problem in problems]
     jobs = [(problem, samples) for problem, samples in jobs if samples]
     if not jobs:
         print(f"{out} holds all {len(problems) * options.samples} trajectories: nothing left to do")
-        return
+        return 0
     total = sum(len(samples) for _, samples in jobs)
     with open_to_append(out) as file, tqdm(total=total, unit="trajectory", smoothing=0.1) as bar:
         sink = Sink(options, file, bar)
         asyncio.run(run(options, template, jobs, sink.take))
+    if sink.lost == total:
+        raise ValueError(f"the sandbox failed in all {total} trajectories, which is not the model's doing")
     if sink.lost:
         print(f"{sink.lost} trajectories were lost to failures of the sandbox; the same command makes them again")
+    return sink.lost
 
 
 @dataclass
@@ -228,20 +235,36 @@ def warn_if_inexact(engine: Engine) -> None:
               "repeatable across batches", file=sys.stderr)
 
 
-def begin_or_continue(options: GenerateOptions, out: Path) -> set[tuple[str, int]]:
-    """The (problem id, sample) pairs that `out` holds. Refuses to mix two settings in one file."""
+def begin_or_continue(options: GenerateOptions, problems: list[Problem], out: Path) -> set[tuple[str, int]]:
+    """The (problem id, sample) pairs that `out` holds. Refuses to mix two settings or other problems into one file."""
     settings = {name: value for name, value in dataclasses.asdict(options).items()
                 if name in (known.name for known in dataclasses.fields(GenerateOptions)) and name not in NOT_SETTINGS}
     beside = out.with_name(out.name + ".settings.json")
     open_to_append(out).close()
-    if beside.is_file():
-        before = json.loads(beside.read_text())
+    if out.stat().st_size:
+        before = read_settings(beside)
         differing = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
                      if before.get(name) != value]
-        if differing and out.stat().st_size:
+        if differing:
             raise ValueError(f"{out} was begun with other settings ({'; '.join(differing)}); use another file")
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
-    return {(trajectory.id, trajectory.sample) for trajectory in read_trajectories(out)}
+    else:
+        write_aside(beside, json.dumps(settings, indent=2) + "\n")
+    asked, finished = {problem.id: problem for problem in problems}, read_trajectories(out)
+    for trajectory in finished:
+        problem = asked.get(trajectory.id)
+        if problem is None or (problem.question, problem.answer) != (trajectory.question, trajectory.answer):
+            raise ValueError(f"{out} holds a solution of another problem {trajectory.id!r} than is asked for; use another file")
+    return {(trajectory.id, trajectory.sample) for trajectory in finished}
+
+
+def read_settings(path: Path) -> dict[str, str | int | float | bool | None]:
+    """The settings that a file of trajectories was begun with."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so it is not known how the trajectories beside it were made")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
 
 
 def render(trajectory: Trajectory, template: Template, colour: bool) -> str:

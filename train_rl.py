@@ -100,15 +100,22 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         lowest = dict(rounds=1, problems_per_round=1, samples=2, branches=0, updates_per_round=1, groups_per_round=0,
-                      max_passes=1, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0)
+                      max_passes=1, max_branch_tokens=0, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0)
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {low} or more")
+        if self.dual_clip != 0 and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip is {self.dual_clip}; it must be above 1, and 0 is off")
         if self.branches == 1:
             raise ValueError("branches is 1; a group needs 2 or more, and 0 leaves the step level out")
         if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
             raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
                              f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
+
+    @property
+    def branch_limit(self) -> int:
+        """Tokens of a branch."""
+        return self.max_branch_tokens or self.suffix_tokens + 512
 
     def rollout(self, number: int) -> RolloutOptions:
         """How round `number` samples: no self-correction, and a failure ends the trajectory."""
@@ -153,7 +160,7 @@ def main(options: TrainOptions) -> None:
     run, out = begin(options), Path(options.out)
     if run.state.round >= options.rounds:
         print(f"{out} has all {options.rounds} rounds: nothing left to do")
-        return
+        return check_trained(run, out)
     warn_if_inexact(build_engine(run))
     log = MetricsLog(out, run.state.round)
     with StopRequest() as stop, tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
@@ -167,6 +174,11 @@ def main(options: TrainOptions) -> None:
     log.close()
     if stop.asked:
         raise KeyboardInterrupt
+    check_trained(run, out)
+
+
+def check_trained(run: Run, out: Path) -> None:
+    """A run that trained nothing does not end as if it had."""
     if run.state.updates == 0:
         raise ValueError("no round had a group to train on: all rewards were equal, or the filters removed everything "
                          f"(see {out / 'metrics.jsonl'})")
@@ -212,12 +224,8 @@ async def sample_groups(run: Run, tools: Tools, number: int) -> tuple[list[list[
         kept = filter_trajectories(drawn, filters, run.template.decode)
         if len(run.state.carried) + len(kept.groups) >= options.groups_per_round:
             break
-    everyone = [trajectory for group in drawn for trajectory in group]
-    lost = sum(trajectory.finish == "infrastructure" for trajectory in everyone)
-    if lost > MAX_LOST_SHARE * len(everyone):
-        raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} trajectories of round {number}, which is not the "
-                         "model's doing; the same command continues from the last checkpoint")
-    order = {id(trajectory): place for place, trajectory in enumerate(everyone)}
+    stop_if_lost(drawn, "trajectories", number)
+    order = {id(trajectory): place for place, trajectory in enumerate(t for group in drawn for t in group)}
     return drawn, kept, sorted(failures, key=lambda failed: order[id(failed.trajectory)])
 
 
@@ -260,9 +268,20 @@ async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], numb
     chosen = sorted(rng.sample(range(len(failures)), min(len(failures), options.problems_per_round)))
     for place in set(range(len(failures))) - set(chosen):
         tools.engine.free(failures[place].sequence)
-    gate, limit = asyncio.Semaphore(options.slots), options.max_branch_tokens or options.suffix_tokens + 512
-    return list(await asyncio.gather(*(
-        branch_group(tools, failures[place], options.branches, limit, options.rollout(number), gate) for place in chosen)))
+    gate, rollout = asyncio.Semaphore(options.slots), options.rollout(number)
+    grown = list(await asyncio.gather(*(
+        branch_group(tools, failures[place], options.branches, options.branch_limit, rollout, gate) for place in chosen)))
+    stop_if_lost(grown, "branches", number)
+    return grown
+
+
+def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None:
+    """ValueError if the sandbox itself failed too often: that is nobody's reward, and no training goes on without it."""
+    everyone = [trajectory for group in groups for trajectory in group]
+    lost = sum(trajectory.finish == "infrastructure" for trajectory in everyone)
+    if lost > MAX_LOST_SHARE * len(everyone):
+        raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} {what} of round {number}, which is not the "
+                         "model's doing; the same command continues from the last checkpoint")
 
 
 async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float]:
@@ -278,8 +297,11 @@ async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float]:
         found.append(trajectory)
 
     await asyncio.gather(*(solve_group(tools, problem, [0], rollout, gate, done) for problem in run.eval_problems))
+    found = [trajectory for trajectory in found if trajectory.finish != "infrastructure"]
+    if not found:
+        return {"eval/accuracy": None, "eval/pass_rate": None, "eval/solved": 0}
     runs = all_executions([found])
-    return {"eval/accuracy": sum(trajectory.correct for trajectory in found) / len(found),
+    return {"eval/accuracy": sum(trajectory.correct for trajectory in found) / len(found), "eval/solved": len(found),
             "eval/pass_rate": sum(execution.passed for execution in runs) / len(runs) if runs else None}
 
 
@@ -369,7 +391,7 @@ def build_engine(run: Run) -> Engine:
     longest = max(len(run.template.prompt_ids(problem.question)) for problem in run.problems + run.eval_problems)
     if longest >= run.model.config.max_context:
         raise ValueError(f"a prompt of {longest} tokens does not fit the model's context of {run.model.config.max_context}")
-    context = min(longest + options.max_response_tokens, run.model.config.max_context)
+    context = min(longest + options.max_response_tokens + options.branch_limit, run.model.config.max_context)
     return Engine(run.model, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
 
 

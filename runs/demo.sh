@@ -36,8 +36,10 @@ stage() {
     echo "$(date +%T) $name …"
     "$@" > "$OUT/$name.log" 2>&1 || { tail -n 5 "$OUT/$name.log" >&2; fail "$name failed; see $OUT/$name.log"; }
 }
-together() { "$@" & BESIDE=$!; }
-join() { wait "$BESIDE" || exit 2; }
+together() { set -m; "$@" & BESIDE=$!; set +m; }  # a process group of its own, so that it can be ended with its children
+join() { wait "$BESIDE" || exit 2; BESIDE=; }
+BESIDE=
+trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null' EXIT
 
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
     --num_solutions "$SOLUTIONS" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"

@@ -285,6 +285,7 @@ def test_past_the_thinking_budget_think_is_closed_for_the_model_with_tokens_that
         forced = template.close_thinking_ids
         start = next(i for i in range(len(mask)) if trajectory.response_ids[i:i + len(forced)] == forced)
         assert start == 9 and not any(mask[start:start + len(forced)]) and trajectory.thinking
+    assert any(trajectory.boxed for trajectory in closed), "the answer after a forced </think> is read"
 
 
 def test_a_reasoning_model_answers_after_its_last_think():

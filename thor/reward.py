@@ -251,7 +251,7 @@ def _start_worker(seconds: float) -> subprocess.Popen:
     above = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(above), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "thor.reward", str(seconds)]
-    worker = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    worker = subprocess.Popen(command, env=environment, text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)
     if worker.stdout.readline() != "ready\n":
         _end_worker(worker)

@@ -81,6 +81,16 @@ class _Draft:
     def num_steps(self) -> int:
         return len(self.record.executions)
 
+    @property
+    def num_retries(self) -> int:
+        """Attempts at this step that were dropped so far."""
+        return sum(attempt.step == self.num_steps for attempt in self.record.attempts)
+
+    @property
+    def thinking_closed(self) -> bool:
+        """Whether </think> was written, by the model or for it."""
+        return "</think>" in self.tools.template.decode(self.sequence.ids[self.prompt_tokens:])
+
     def key(self, attempt: int) -> bytes:
         """The noise of this trajectory from here on, for the given attempt at the step it is in."""
         return rollout_key(self.options, self.record.id, self.record.sample, self.num_steps, attempt)
@@ -233,11 +243,9 @@ async def _corrected_step(draft: _Draft, start: int) -> _Tried:
     tried = await _attempt_step(draft, start, draft.options.sampling)
     if tried.failed:
         anchor = max(start, tried.act_start - draft.options.suffix_tokens)
-    for attempt in range(1, draft.options.max_corrections + 1):
-        if not tried.failed:
-            break
+    while tried.failed and draft.num_retries < draft.options.max_corrections:
         _drop_attempt(draft, anchor, tried.execution)
-        draft.tools.engine.truncate(draft.sequence, anchor, draft.key(attempt))
+        draft.tools.engine.truncate(draft.sequence, anchor, draft.key(draft.num_retries))
         tried = await _attempt_step(draft, start, draft.options.retry_sampling)
     return tried
 
@@ -272,14 +280,13 @@ async def _sample(draft: _Draft, sampling: Sampling, stop: Callable[[int], bool]
     """Sample to a stop, an EOS or the end of a budget. The thinking budget ends nothing once </think> was written."""
     sequence, engine = draft.sequence, draft.tools.engine
     while True:
-        limit = draft.limit if draft.thinking_limit is None else min(draft.limit, draft.thinking_limit)
+        bounded = draft.thinking_limit is not None and not draft.thinking_closed
+        limit = min(draft.limit, draft.thinking_limit) if bounded else draft.limit
         before = len(sequence.ids)
         stopped = await engine.sample(sequence, sampling, limit - before, stop)
         draft.record.tokens_generated += len(sequence.ids) - before
-        thinking_ended = stopped == "length" and limit == draft.thinking_limit
-        if not thinking_ended or "</think>" not in draft.tools.template.decode(sequence.ids[draft.prompt_tokens:]):
+        if stopped != "length" or limit == draft.limit or not draft.thinking_closed:
             return stopped
-        draft.thinking_limit = None
 
 
 def _record_step(draft: _Draft, start: int, tried: _Tried) -> str | None:
@@ -288,8 +295,8 @@ def _record_step(draft: _Draft, start: int, tried: _Tried) -> str | None:
     end = len(sequence.ids)
     if tried.act_start is None:
         draft.add_span(THINK, start, end)
-        if tried.stopped == "length" and draft.thinking_limit is not None and end >= draft.thinking_limit:
-            draft.thinking_limit = None
+        budget = draft.thinking_limit
+        if tried.stopped == "length" and budget is not None and end >= budget and not draft.thinking_closed:
             return _append(draft, draft.tools.template.close_thinking_ids)
         return tried.stopped
     draft.add_span(THINK, start, tried.act_start)
@@ -320,7 +327,9 @@ def _finished(draft: _Draft, finish: str) -> Trajectory:
     record.logprobs = sequence.logprobs[draft.prompt_tokens:]
     shown = record.response_ids[:-1] if finish == "eos" else record.response_ids
     record.text = template.decode(shown)
-    prose = "".join(template.decode(shown[span.start:span.end]) for span in record.spans if span.kind == THINK)
+    parts = [shown[span.start:span.end] for span in record.spans]  # a </think> written for the model ends its thinking, too
+    prose = "".join(template.decode(part) for part, span in zip(parts, record.spans, strict=True)
+                    if span.kind == THINK or record.thinking and part == template.close_thinking_ids)
     record.boxed = boxed_answer(answer_part(prose) if record.thinking else prose)
     return record
 

@@ -58,13 +58,15 @@ class Template:
 
     def prompt_text(self, question: str) -> str:
         """(q, I) of Eq. 1 as text: what the model reads before its first own token."""
+        if self.style == "base" and QUESTION in self.instruction:
+            return self.request(question).rstrip("\n") + "\n"
         if self.style == "base":
             head = f"{self.instruction}\n\n" if self.instruction else ""
             return f"{head}Problem: {question}\nSolution:\n" + ("<think>\n" if self.thinking else "")
         return self.render([{"role": "user", "content": self.request(question)}])
 
     def request(self, question: str) -> str:
-        """The user turn: the question and then the instruction, or the instruction with the question in its place."""
+        """What is asked: the question and then the instruction, or the instruction with the question in its place."""
         if QUESTION in self.instruction:
             return self.instruction.replace(QUESTION, question)
         return f"{question}\n\n{self.instruction}" if self.instruction else question

@@ -289,7 +289,9 @@ def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, as_
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    aside.replace(path)  # whole or not at all
 
 
 def write_model(directory: Path, seed: int) -> None:

@@ -121,6 +121,8 @@ def code_steps(trajectory: Trajectory) -> list[Step]:
     steps, start, acts = [], 0, 0
     spans = trajectory.spans
     for index, span in enumerate(spans):
+        if span.kind == OBSERVE:
+            start = span.end
         if span.kind != ACT:
             continue
         observed = index + 1 < len(spans) and spans[index + 1].kind == OBSERVE
