@@ -1,5 +1,7 @@
 """generate.py as its users meet it: a command line, files that grow, and one sentence when something is wrong."""
 
+import asyncio
+import io
 import json
 import signal
 import subprocess
@@ -9,9 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import tiny
-from generate import GenerateOptions, main, render
+from generate import MAX_LOST, GenerateOptions, Sink, main, render
 from thor import config
 from thor.template import Template
 from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json
@@ -86,6 +89,37 @@ def test_other_settings_are_never_mixed_into_a_file(uninterrupted, problems, tin
     before = uninterrupted.read_bytes()
     result = call("--model", tiny_directory, "--problems", problems, "--out", uninterrupted, *BASE, "--seed", "1")
     assert result.returncode == 2 and "seed was 0, is 1" in result.stderr and uninterrupted.read_bytes() == before
+
+
+def test_solutions_of_another_problem_are_never_mixed_into_a_file(uninterrupted, tiny_directory, tmp_path):
+    """The same id with another question, as two benchmarks may have it, would be taken for done."""
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"id": "0+0", "question": "9+9", "answer": "18"}\n')
+    result = call("--model", tiny_directory, "--problems", other, "--out", uninterrupted, *BASE)
+    assert result.returncode == 2 and "another problem" in result.stderr
+
+
+def test_a_file_whose_settings_are_not_known_is_not_continued(uninterrupted, problems, tiny_directory, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(uninterrupted.read_bytes())
+    result = call("--model", tiny_directory, "--problems", problems, "--out", copy, *BASE)
+    assert result.returncode == 2 and "copy.jsonl.settings.json is missing" in result.stderr
+
+
+def test_what_the_sandbox_lost_is_dropped_and_counted_and_past_a_threshold_the_run_stops_with_a_clear_error():
+    """It is never reward 0: a lost trajectory is neither written nor graded."""
+    options, file = GenerateOptions(out="o.jsonl", model="m"), io.StringIO()
+    sink = Sink(options, file, tqdm(disable=True))
+    lost = Trajectory("a", 0, "1+1", "2", [1], finish="infrastructure")
+
+    async def take(count: int) -> None:
+        for _ in range(count):
+            await sink.take(lost)
+
+    asyncio.run(take(MAX_LOST))
+    assert (sink.lost, sink.correct, file.getvalue()) == (MAX_LOST, [], "")
+    with pytest.raises(ValueError, match="the sandbox failed in 9 of 9 trajectories"):
+        asyncio.run(take(1))
 
 
 def test_one_question_prints_its_spans(tiny_directory):

@@ -347,3 +347,16 @@ def test_branches_are_the_same_with_little_memory_and_leave_nothing_in_it(model,
     assert [[to_json(b) for b in group] for group in plenty] == [[to_json(b) for b in group] for group in little]
     assert tight.counts.evicted > 0 == roomy.counts.evicted
     assert tight.cache.take() is not None and tight.cache.take() is not None
+
+
+def test_no_two_attempts_at_a_step_share_their_noise(model, template, monkeypatch):
+    """Every key that a truncation gives is new."""
+    keys, truncate = [], Engine.truncate
+
+    def remember(self, sequence, length, key):
+        keys.append(key)
+        truncate(self, sequence, length, key)
+
+    monkeypatch.setattr(Engine, "truncate", remember)
+    roll(model, template, replace(OPTIONS, max_code_rounds=3), samples=2, sandbox=AlwaysFails())
+    assert len(keys) > 20 and len(set(keys)) == len(keys)

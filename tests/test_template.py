@@ -146,6 +146,11 @@ def test_the_scanner_stops_at_once_and_never_waits_for_one_more_token(template):
     assert before.count("`") < 6 <= template.decode(ids[:closed_at + 1]).count("`")
 
 
+def test_a_fence_opens_on_a_line_that_starts_with_python_or_py_and_code_is_never_found_by_the_word_in_prose(template):
+    assert sample_like(template, "```python\nprint(1)\n```")[1] == sample_like(template, "```py\nprint(1)\n```")[1] == 0
+    assert sample_like(template, "Now python\nprint(1)\n```\n")[1] is None
+
+
 def test_the_observation_starts_on_a_line_of_its_own():
     assert observation_text("```python\nprint(1)\n```", OK) == "\n```output\n391\n```\n"
     assert observation_text("```python\nprint(1)\n```\n", OK) == "```output\n391\n```\n"
@@ -213,6 +218,8 @@ def test_the_system_flag_replaces_the_system_text(template):
 def test_an_instruction_may_say_where_the_question_goes(template):
     prompt = Template(template.tokenizer, instruction="Problem: {question}\nBox it.").prompt_text("2+2?")
     assert "user\nProblem: 2+2?\nBox it.<|im_end|>" in prompt
+    base = Template(template.tokenizer, style="base", instruction="Q: 1+1?\nA: 2\n\nQ: {question}\nA:").prompt_text("2+2?")
+    assert base == "Q: 1+1?\nA: 2\n\nQ: 2+2?\nA:\n"
 
 
 def test_whether_think_is_open_is_read_from_the_rendered_prompt(template):

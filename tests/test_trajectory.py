@@ -120,3 +120,12 @@ def test_a_malformed_record_is_refused_in_one_sentence(changes, message):
 def test_what_is_not_a_trajectory_is_refused(line, message):
     with pytest.raises(ValueError, match=message):
         from_json(line)
+
+
+def test_a_step_starts_after_the_last_token_of_the_previous_observation_or_of_the_prompt():
+    """Tokens written for the model, such as a forced </think>, are an observation, too."""
+    spans = [Span("think", 0, 2), Span("act", 2, 4), Span("observe", 4, 6), Span("think", 6, 8), Span("observe", 8, 9),
+             Span("think", 9, 10), Span("act", 10, 12)]
+    runs = [Execution("ok", "1", "", 0.0), None]
+    trajectory = Trajectory("a", 0, "?", None, [1], list(range(12)), spans=spans, executions=runs)
+    assert [(step.start, step.act_start) for step in code_steps(trajectory)] == [(0, 2), (9, 10)]
