@@ -23,6 +23,9 @@ DIFFERENCES = (("T3 + self-correction", "T3 = T1 + cold start"), ("T4 = T3 + tra
                ("T6 = T5 + self-correction", "T5 = T3 + hierarchical RL"))
 
 
+CURVES = ("trajectory/accuracy", "trajectory/pass_rate", "trajectory/correct_if_all_ran", "step/pass_rate")
+
+
 @dataclass
 class Options:
     """One flag a field."""
@@ -37,7 +40,7 @@ def main(options: Options) -> None:
         parts.append(f"Temperature {temperature}\n\n" + table(out, temperature) + "\n\n" + differences(out, temperature))
     text = "\n\n".join(parts) + "\n"
     (out / "table.md").write_text(text)
-    plot([out / "t4", out / "t5"], out / "curves.png")
+    plot([out / "t4", out / "t5"], out / "curves.png", CURVES)
     print(text + f"\nwritten to {out / 'table.md'}; curves in {out / 'curves.png'}")
 
 

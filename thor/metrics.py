@@ -112,7 +112,7 @@ def read_metrics(directory: Path) -> list[dict[str, float | None]]:
     return lines
 
 
-def plot(directories: list[Path], out: Path) -> None:
+def plot(directories: list[Path], out: Path, only: Sequence[str] = ()) -> None:
     """One small chart for each metric, one line for each run; a run is called by its path if names repeat."""
     import matplotlib
 
@@ -122,7 +122,7 @@ def plot(directories: list[Path], out: Path) -> None:
     unique = len({directory.name for directory in directories}) == len(directories)
     runs = {directory.name if unique else str(directory): read_metrics(directory) for directory in directories}
     names = [name for name in dict.fromkeys(name for lines in runs.values() for line in lines for name in line)
-             if name != "step"]
+             if name != "step" and (not only or name in only)]
     if not names:
         raise ValueError(f"{', '.join(map(str, directories))}: the lines hold a step and nothing to draw")
     columns = min(4, len(names))
