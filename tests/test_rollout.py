@@ -55,10 +55,11 @@ def template() -> Template:
     return Template(tiny.make_tokenizer(), style="base", instruction="")
 
 
-def roll(model, template, options=OPTIONS, problems=PROBLEMS, samples=4, sandbox=None, slots=8) -> tuple[
+def roll(model, template, options=OPTIONS, problems=PROBLEMS, samples=4, sandbox=None, slots=8,
+         engine_class=Engine) -> tuple[
         list[Trajectory], Engine]:
     """All trajectories in order of problem and sample, and the engine that made them."""
-    engine = Engine(model, {template.tokenizer.eos_token_id}, slots, 256)
+    engine = engine_class(model, {template.tokenizer.eos_token_id}, slots, 256)
     tools, finished = Tools(engine, sandbox or ToySandbox(), template), []
 
     async def done(trajectory: Trajectory) -> None:
@@ -349,14 +350,15 @@ def test_branches_are_the_same_with_little_memory_and_leave_nothing_in_it(model,
     assert tight.cache.take() is not None and tight.cache.take() is not None
 
 
-def test_no_two_attempts_at_a_step_share_their_noise(model, template, monkeypatch):
+def test_no_two_attempts_at_a_step_share_their_noise(model, template):
     """Every key that a truncation gives is new."""
-    keys, truncate = [], Engine.truncate
+    keys = []
 
-    def remember(self, sequence, length, key):
-        keys.append(key)
-        truncate(self, sequence, length, key)
+    class Remembering(Engine):
+        def truncate(self, sequence, length, key):
+            keys.append(key)
+            super().truncate(sequence, length, key)
 
-    monkeypatch.setattr(Engine, "truncate", remember)
-    roll(model, template, replace(OPTIONS, max_code_rounds=3), samples=2, sandbox=AlwaysFails())
+    options = replace(OPTIONS, max_code_rounds=3)
+    roll(model, template, options, samples=2, sandbox=AlwaysFails(), engine_class=Remembering)
     assert len(keys) > 20 and len(set(keys)) == len(keys)
