@@ -5,7 +5,7 @@ import torch
 
 from thor.filters import TrajectoryFilters, filter_branches, filter_trajectories
 from thor.grpo import group_advantages
-from thor.trajectory import ACT, OBSERVE, THINK, Execution, Span, Trajectory, add_span
+from thor.trajectory import ACT, OBSERVE, THINK, Execution, Trajectory, add_span
 
 ALL_OFF = TrajectoryFilters(min_response_tokens=0, box_within_last=0, min_group_fraction=0.0)
 CODE = "```python\nprint(2)\n```"
