@@ -33,6 +33,7 @@ LAYERS = {
     "parallel": {"model", "weights"},
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},
+    "clients": {"engine", "sampling", "template", "weights"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
