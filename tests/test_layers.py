@@ -34,6 +34,7 @@ LAYERS = {
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},
     "clients": {"engine", "sampling", "template", "weights"},
+    "critic": {"clients", "sampling"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
