@@ -9,6 +9,7 @@ wrong is a ValueError at once. The API key is read from the environment and goes
 import asyncio
 import email.utils
 import itertools
+import json
 import os
 import re
 import time
@@ -209,7 +210,7 @@ class HTTPClient:
         self._session.close()
 
     async def complete(self, request: Request) -> Completion:
-        """One continuation. Raises ClientError when retries are spent, ValueError for a request that is itself wrong."""
+        """One continuation. Raises ClientError when retries are spent, ValueError for a request that is wrong."""
         payload = {"prompt": request.prompt, "max_tokens": request.max_tokens, "temperature": request.temperature,
                    "top_p": request.top_p, "seed": request.seed % SERVER_SEEDS}
         if request.top_k:  # not OpenAI's own; vLLM, SGLang and llama.cpp know it
@@ -220,6 +221,10 @@ class HTTPClient:
             return await self._persist(lambda url: self._complete_once(url, payload, request.stops), self._turn)
         except _TooLong:
             return Completion("", "length")
+
+    async def pause(self, seconds: float) -> None:
+        """What happens between two tries."""
+        await asyncio.sleep(seconds)
 
     async def _learn_model_name(self, url: str) -> None:
         listing = url.removesuffix("/completions") + "/models"
@@ -236,7 +241,7 @@ class HTTPClient:
             self.counts[failure.kind] += 1
             if failures < self.options.max_retries:
                 pause = max(self.options.backoff * 2**failures, failure.retry_after)
-                await asyncio.sleep(min(pause, self.options.max_wait))
+                await self.pause(min(pause, self.options.max_wait))
         raise ClientError(f"{url}: {failure} ({self.options.max_retries + 1} tries)")
 
     def _complete_once(self, url: str, payload: dict, stops: tuple[str, ...]) -> Completion:
@@ -278,7 +283,7 @@ class HTTPClient:
         if response.status_code >= 300:
             self._refuse(url, response)
         try:
-            return response.json()
+            return json.loads(response.content.decode())  # requests' own reading guesses an encoding
         except (ValueError, RecursionError):
             raise _Failure("not JSON", "its answer is not JSON") from None
 
