@@ -18,7 +18,6 @@ LAYERS = {
     "optimizer": set(),
     "sandbox_child": set(),
     "sandbox_server": {"sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
-    "toy": {"config"},
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
     "sandbox": {"sandbox_child", "trajectory"},  # for Limits and Execution
@@ -35,7 +34,15 @@ LAYERS = {
     "engine": {"attention", "cache", "model", "sampling"},
     "clients": {"engine", "sampling", "template", "weights"},
     "critic": {"clients", "sampling"},
+    "gsm": {"critic"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},
+    "toy": {"config", "critic"},  # for its scripted Critic
+    "tirgen_filters": {"sampling", "template", "trajectory"},
+    "tirgen_text": {"data", "reward", "rollout", "template", "tirgen_filters", "trajectory"},
+    "tries": {"checkpoint", "data", "trajectory"},
+    "funnel": {"data", "tirgen_filters", "trajectory", "tries"},
+    "actor_critic": {"clients", "critic", "data", "reward", "rollout", "sampling", "sandbox", "template", "tirgen_text",
+                     "trajectory", "tries"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path for folder in (".", "runs", "benchmarks") for path in (ROOT / folder).glob("*.py"))

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from thor import config
 from thor.config import option
+from thor.critic import Rewrite
 
 SPLITS = ("train", "tune", "held-out")
 LETTERS = "abcdghkmnpqst"  # 13 letters that a program may call its variables
@@ -222,6 +223,29 @@ def step_from_text(text: str) -> Step | None:
             numbers = {name: int(value) for name, value in match.groupdict().items()}
             found.append((match.start(), Step(task, numbers)))
     return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+class ToyCritic:
+    """TIRGen's Critic of one try (thor/critic.py): it knows the sentence that names a task, and programs for the task."""
+
+    def __init__(self, rng: random.Random, fixed_names: float):
+        self.rng, self.fixed_names = rng, fixed_names
+
+    async def solvable(self, step: str) -> bool:
+        """Whether the step names a task."""
+        return step_from_text(step) is not None
+
+    async def rewrite(self, step: str, fault: str | None) -> Rewrite:
+        """The sentence, and a program in a random style; another one after a fault."""
+        named = step_from_text(step)
+        assert named is not None, "only a step that names a task is rewritten"
+        names = draw_names(named.task, self.rng, self.fixed_names)
+        return Rewrite(f"We look for {named.goal}.", named.program(self.rng.randrange(6), names).rstrip("\n"))
+
+
+def make_critic(seed: int, fixed_names: float = 0.5) -> ToyCritic:
+    """The scripted Critic of one try; its styles and names follow from the seed."""
+    return ToyCritic(random.Random(seed), fixed_names)
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
