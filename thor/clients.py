@@ -1,9 +1,10 @@
 """Text from a model, wherever it runs: our own engine on a Hugging Face directory, or servers of /v1/completions.
 
 TIRGen's Actor and Critic are coroutines that `await client.complete(request)`; how many of them ask at once is nobody's
-business but the client's. Invariants: a completion depends on its request alone (noise comes from `request.seed`); it
-never holds a stop string; what a server does wrong is tried again, then a ClientError, while a request that is itself
-wrong is a ValueError at once. The API key is read from the environment and goes nowhere but into the request's header.
+business but the client's. Invariants: a completion of our engine depends on its request alone (a server is told the
+seed, too, and does with it what it can); it never holds a stop string; what a server does wrong is tried again, then a
+ClientError, while a request that is itself wrong is a ValueError at once. The API key is read from the environment and
+goes nowhere but into the request's header.
 """
 
 import asyncio
