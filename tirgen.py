@@ -3,7 +3,7 @@
     python tirgen.py --actor DIR|URL[,URL] --critic DIR|URL[,URL]|scripted --problems FILE --out DIR
 
 Each finished try of a problem is a line of OUT/tries.jsonl; a killed run continues where it was. Then the filters write
-OUT/sft.jsonl, which train_sft.py reads, OUT/rejected.jsonl with a reason each, and the funnel: what each stage left over.
+OUT/sft.jsonl, which train_sft.py reads, OUT/rejected.jsonl with a reason each, and the funnel: what each stage left.
 The loop is thor/actor_critic.py, the Critic's prompts thor/critic.py, the filters thor/tirgen_filters.py.
 """
 
@@ -38,27 +38,28 @@ from thor.tries import Try
 MAX_LOST_IN_A_ROW = 32  # tries lost to servers or to the sandbox, after which going on would only lose more
 
 # What may differ between two runs of one directory without changing a try.
-NOT_SETTINGS = ("problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "concurrency", "shard", "merge", "filter_only",
-                "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox", "slots", "threads", "timeout",
-                "max_retries", "key_variable")
+NOT_SETTINGS = (
+    "problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard", "merge",
+    "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox", "slots", "threads",
+    "timeout", "max_retries", "key_variable")
 
 
 @dataclass
 class TirgenOptions:
     """One flag a field; `config.run` makes the command line of it."""
 
-    actor: str = required("the model that will be trained: a Hugging Face directory, or URLs of servers of /v1/completions")
-    critic: str = required("the same for the Critic, or scripted:MODULE, where thor/MODULE.py has make_critic (scripted: toy)")
+    actor: str = required("the model that will be trained: Hugging Face directory, or URLs that serve /v1/completions")
+    critic: str = required("the same for the Critic, or scripted:NAME for make_critic of thor/NAME.py (scripted: toy)")
     problems: str = required("JSON lines with id, question and answer")
     out: str = required("directory of the tries, the data and the funnel")
-    actor_tokenizer: str | None = option(None, "Hugging Face directory of the Actor's tokenizer, where --actor is a URL")
-    critic_tokenizer: str | None = option(None, "directory whose chat template renders for a Critic at a URL; none: plain text")
-    actor_texts: str | None = option(None, "JSON lines with id and text: start from this reasoning, the Actor writes nothing")
+    actor_tokenizer: str | None = option(None, "directory of the Actor's tokenizer, where --actor is a URL")
+    critic_tokenizer: str | None = option(None, "directory of the chat template of a Critic at a URL; else plain text")
+    actor_texts: str | None = option(None, "JSON lines with id and text: written reasoning; the Actor writes none")
     style: str = option("chat", "of the Actor. chat: the tokenizer's template; base: plain text")
     critic_style: str = option("chat", "of the Critic")
     system: str | None = option(None, "replaces the chat template's own system text, for the Actor")
     instruction: str | None = option(None, "what the trained model will be asked; replaces our instruction")
-    actor_instruction: str | None = option(None, "what the Actor is asked: to solve by text alone; replaces our instruction")
+    actor_instruction: str | None = option(None, "what the Actor is asked; replaces ours, to solve by text alone")
     thinking: bool = option(False, "a reasoning Actor: it writes all of its <think>, the Critic sees windows of it")
     tries: int = option(8, "tries of each problem")
     max_rounds: int = option(5, "code blocks of a trajectory, after which the Critic is no longer asked")
@@ -69,14 +70,14 @@ class TirgenOptions:
     temperature: float = option(0.6, "of Actor and Critic; 0 is greedy")
     top_k: int = option(30, "0 is off")
     top_p: float = option(1.0, "1 is off")
-    critic_retries: int = option(2, "further answers of the Critic about one step, when it broke a rule or its code failed")
+    critic_retries: int = option(2, "further answers of the Critic about a step when one broke a rule or failed")
     verdict_tokens: int = option(16, "of the Critic's YES or NO; more for one that thinks first")
     rewrite_tokens: int = option(2048, "of the Critic's rewrite")
     solvable_prompt: str | None = option(None, "file with another prompt for the verdict; it must have {step}")
     rewrite_prompt: str | None = option(None, "file with another prompt for the rewrite; it must have {step}")
     min_kept: float = option(0.6, "share of a step's words that its rewrite must keep, in their order; 0 is off")
     max_added: float = option(0.2, "share of a rewrite's words that need not be the step's; 1 is off")
-    difficulty_samples: int = option(4, "solutions by text alone of each problem with a right try; solved in all: dropped; 0 is off")
+    difficulty_samples: int = option(4, "solutions by text of each solved problem; if all are right, it goes; 0 is off")
     max_trivial_share: float = option(0.4, "of a trajectory's blocks without import and control flow; 1 is off")
     min_calls: int = option(1, "code blocks of a trajectory that is kept")
     one_call_share: float = option(0.5, "of the trajectories with one code block that are kept; 1 is off")
@@ -100,15 +101,17 @@ class TirgenOptions:
     @property
     def loop(self) -> LoopOptions:
         """The part that the loop reads. Raises ValueError for a length or a share that makes no sense."""
-        return LoopOptions(Sampling(self.temperature, self.top_k, self.top_p), self.max_rounds, self.max_tokens, self.step_tokens,
-                           self.window_tokens, self.step_end, self.critic_retries, self.min_kept, self.max_added, self.seed)
+        return LoopOptions(Sampling(self.temperature, self.top_k, self.top_p), self.max_rounds, self.max_tokens,
+                           self.step_tokens, self.window_tokens, self.step_end, self.critic_retries, self.min_kept,
+                           self.max_added, self.seed)
 
     @property
     def as_critic(self) -> CriticOptions:
         """How a language model is asked to be the Critic. Raises ValueError for a prompt without the step."""
         prompts = [default if path is None else Path(path).read_text(encoding="utf-8") for path, default in (
             (self.solvable_prompt, SOLVABLE_PROMPT), (self.rewrite_prompt, REWRITE_PROMPT))]
-        return CriticOptions(*prompts, self.verdict_tokens, self.rewrite_tokens, self.temperature, self.top_k, self.top_p)
+        return CriticOptions(*prompts, self.verdict_tokens, self.rewrite_tokens, self.temperature, self.top_k,
+                             self.top_p)
 
     @property
     def filters(self) -> FilterSettings:
@@ -135,9 +138,9 @@ async def build(options: TirgenOptions, problems: list[Problem], finished: dict[
     """Make the tries of `problems` that are not `finished`, and measure how difficult those with a right one are."""
     out = Path(options.out)
     measured = {name for name, (_, drawn) in tries.read_difficulty(out).items() if drawn >= options.difficulty_samples}
-    missing = [(problem, number) for problem in problems if problem.answer is not None for number in range(options.tries)
-               if (problem.id, number) not in finished or finished[problem.id, number].reason in tries.LOST]
-    right = {each.id for each in finished.values() if each.right} - measured
+    missing = [(problem, number) for problem in problems if problem.answer is not None
+               for number in range(options.tries) if tries.is_missing(finished.get((problem.id, number)))]
+    right = {each.id for each in finished.values() if each.right} - measured if options.difficulty_samples else set()
     if not missing and not right:
         print(f"{out} holds all tries of its problems: nothing is left to make")
         return
@@ -174,8 +177,8 @@ class Run:
         tries.append_try(self.file, made)
         self.lost_in_a_row = self.lost_in_a_row + 1 if made.reason in tries.LOST else 0
         if self.lost_in_a_row >= MAX_LOST_IN_A_ROW:
-            raise ValueError(f"{self.lost_in_a_row} tries in a row were lost ({made.reason}: {made.detail}); the same command "
-                             "continues")
+            raise ValueError(f"{self.lost_in_a_row} tries in a row were lost ({made.reason}: {made.detail}); the same "
+                             "command continues")
         self.survivors += whole is not None and first_objection(whole, self.options.filters, {}) is None
         self.bar.set_postfix({"survivors": self.survivors}, refresh=False)
         self.bar.update()
@@ -271,25 +274,30 @@ async def open_tools(options: TirgenOptions, problems: list[Problem], stack: Asy
     texts = None if options.actor_texts is None else read_texts(options.actor_texts, problems)
     instruction = INSTRUCTION if options.instruction is None else options.instruction
     asked = TEXT_INSTRUCTION if options.actor_instruction is None else options.actor_instruction
-    template = load_template(options.actor_tokenizer or options.actor, options.style, instruction, options.system, options.thinking)
+    tokenizer = options.actor_tokenizer or options.actor
+    template = load_template(tokenizer, options.style, instruction, options.system, options.thinking)
     make_critic = scripted_critic(options.critic)
     sandbox = await stack.enter_async_context(open_sandbox(options.sandbox, options.cpu_seconds))
     actor = None
     if texts is None or options.difficulty_samples:
-        actor = await stack.enter_async_context(open_client(options.actor, client_options(options, options.style, None)))
+        reach = client_options(options, options.style, None)
+        actor = await stack.enter_async_context(open_client(options.actor, reach))
     if make_critic is None:
         shared = actor is not None and (options.critic, options.critic_style) == (options.actor, options.style)
-        client = actor if shared else await stack.enter_async_context(
-            open_client(options.critic, client_options(options, options.critic_style, options.critic_tokenizer)))
-        make_critic = partial(LMCritic, client, options=options.as_critic, render=renderer(client, options.critic_style))
-    return Tools(options.loop, template, dataclasses.replace(template, instruction=asked), actor, make_critic, sandbox, texts)
+        reach = client_options(options, options.critic_style, options.critic_tokenizer)
+        client = actor if shared else await stack.enter_async_context(open_client(options.critic, reach))
+        render = renderer(client, options.critic_style)
+        make_critic = partial(LMCritic, client, options=options.as_critic, render=render)
+    actor_template = dataclasses.replace(template, instruction=asked)
+    return Tools(options.loop, template, actor_template, actor, make_critic, sandbox, texts)
 
 
 def client_options(options: TirgenOptions, style: str, tokenizer: str | None) -> ClientOptions:
     """How to reach a model; at a server, prompts of the Actor are rendered here, with --actor_tokenizer."""
-    return ClientOptions(style=style, device=options.device, dtype=options.dtype, slots=min(options.slots, options.concurrency),
-                         context=options.context, tokenizer=tokenizer, key_variable=options.key_variable,
-                         concurrency=options.concurrency, timeout=options.timeout, max_retries=options.max_retries)
+    return ClientOptions(style=style, device=options.device, dtype=options.dtype, context=options.context,
+                         slots=min(options.slots, options.concurrency), tokenizer=tokenizer,
+                         key_variable=options.key_variable, concurrency=options.concurrency, timeout=options.timeout,
+                         max_retries=options.max_retries)
 
 
 def renderer(client: EngineClient | HTTPClient, style: str) -> Callable[[str], str]:
@@ -312,7 +320,7 @@ def scripted_critic(spec: str) -> Callable[[int], Critic] | None:
 
 
 def read_texts(path: str, problems: list[Problem]) -> dict[str, list[str]]:
-    """Problem id -> its written solutions, which the tries take in turn. Raises ValueError for a problem without one."""
+    """Problem id -> its written solutions, which the tries take in turn. ValueError for a problem without one."""
     texts: dict[str, list[str]] = {}
     for where, record in read_records(path):
         if not isinstance(record.get("id"), str) or not isinstance(record.get("text"), str):
@@ -337,14 +345,16 @@ def write_results(options: TirgenOptions, problems: list[Problem], made: dict[tr
     funnel.draw(report, out / "funnel.png")
     print(funnel.table(report))
     if mine and all(each.reason in tries.LOST for each in mine):
-        raise ValueError(f"all {len(mine)} tries were lost ({mine[0].reason}: {mine[0].detail}); the same command makes them again")
+        raise ValueError(f"all {len(mine)} tries were lost ({mine[0].reason}: {mine[0].detail}); the same command "
+                         "makes them again")
 
 
 def rejected_lines(made: list[Try], rejected: list[Rejected]) -> Iterator[str]:
     """What was dropped while it was made, as it was written down, then what a filter dropped, with stage and reason."""
     yield from (each.to_json() for each in made if each.trajectory is None)
     for each in rejected:
-        yield json.dumps(dataclasses.asdict(each.trajectory) | {"stage": each.stage, "reason": each.reason}, ensure_ascii=False)
+        why = {"stage": each.stage, "reason": each.reason}
+        yield json.dumps(dataclasses.asdict(each.trajectory) | why, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """TIRGen's loop (method, section 2): the Actor reasons, the Critic turns computations into code, the sandbox runs it.
 
-`make_try` is one try of one problem, in both forms: short reasoning step by step, or long reasoning in windows. Invariants:
-the Critic sees one step and never the problem; what follows a code block is what the sandbox printed; a try ends as a
-trajectory or is dropped for a reason that has a name. Any number of tries run at once; no one depends on another.
+`make_try` is one try of one problem, in both forms: short reasoning step by step, or long reasoning in windows.
+Invariants: the Critic sees one step and never the problem; what follows a code block is what the sandbox printed; a try
+ends as a trajectory or is dropped for a reason that has a name. Any number run at once, and none depends on another.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from thor.clients import ClientError, Completion, EngineClient, HTTPClient, Request
-from thor.critic import FAULTS, Critic, Unusable, check_rewrite, request_seed
+from thor.critic import FAULTS, Critic, Rewrite, Unusable, check_rewrite, request_seed
 from thor.data import Problem
 from thor.reward import boxed_answer
 from thor.rollout import answer_part
@@ -64,16 +64,18 @@ class Tools:
 
 async def make_try(tools: Tools, problem: Problem, number: int) -> Try:
     """The loop of method, section 2, for one try: a trajectory, or why there is none."""
-    draft = Draft(tools, problem, number, tools.make_critic(request_seed(tools.options.seed, problem.id, number, "critic")))
+    seed = request_seed(tools.options.seed, problem.id, number, "critic")
+    draft = Draft(tools, problem, number, tools.make_critic(seed))
     written = tools.texts is not None or tools.template.thinking
     try:
         async for step in (written_steps(draft) if written else sampled_steps(draft)):
             await take_step(draft, step)
         return Try(problem.id, number, finished_trajectory(draft), critic=dict(draft.counts))
     except ClientError as error:
-        return Try(problem.id, number, None, "endpoint", str(error), draft.text, dict(draft.counts))
+        reason, detail = "endpoint", str(error)
     except Dropped as dropped:
-        return Try(problem.id, number, None, dropped.reason, dropped.detail, draft.text, dict(draft.counts))
+        reason, detail = dropped.reason, dropped.detail
+    return Try(problem.id, number, None, reason, detail, draft.text + draft.pending, dict(draft.counts))
 
 
 @dataclass
@@ -90,11 +92,12 @@ class Draft:
     num_generated: int = 0  # by the Actor
     ended: bool = False
     rewritten: bool = False  # the last step
+    pending: str = ""  # a step that is not in τ yet
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, text: str) -> None:
         """Append to τ."""
-        self.text += text
+        self.text, self.pending = self.text + text, ""
         self.num_tokens += len(self.tools.template.encode(text))
 
     async def ask_actor(self, max_tokens: int, stops: tuple[str, ...]) -> Completion:
@@ -118,14 +121,18 @@ async def sampled_steps(draft: Draft) -> AsyncIterator[Step]:
     """Short reasoning, step by step, each a continuation of what the Critic has made of those before."""
     options = draft.tools.options
     while draft.num_tokens < options.max_tokens:
-        completion = await draft.ask_actor(min(options.step_tokens, options.max_tokens - draft.num_tokens), (options.step_end,))
+        room = min(options.step_tokens, options.max_tokens - draft.num_tokens)
+        completion = await draft.ask_actor(room, (options.step_end,))
         stopped = completion.finish in ("stop", "unknown")
         ended = completion.finish == "eos" or completion.finish == "unknown" and not completion.text
+        if not ended and not completion.text.strip() and draft.text.endswith(options.step_end):
+            raise Dropped("empty_steps")  # it would go on with blank lines up to L_max
         if completion.text or completion.finish == "stop":
             yield Step(completion.text + options.step_end * stopped)
         elif not ended:
-            return  # no room in the Actor's context
-        if ended and not (completion.text and draft.rewritten):  # code took the end of the answer: the Actor writes it again
+            return  # there is no room in the Actor's context
+        # where code took the place of the answer's end, the Actor writes that again
+        if ended and not (completion.text and draft.rewritten):
             draft.ended = True
             return
 
@@ -147,7 +154,7 @@ async def written_steps(draft: Draft) -> AsyncIterator[Step]:
 
 async def take_step(draft: Draft, step: Step) -> None:
     """Append a step as the Actor wrote it, or its reasoning, code and output if the Critic finds code for it."""
-    draft.rewritten = False
+    draft.rewritten, draft.pending = False, step.text
     if CLOSING in step.text:
         raise Dropped("actor_wrote_code")
     if step.ask and step.text.strip() and len(draft.blocks) < draft.tools.options.max_rounds:
@@ -163,43 +170,53 @@ async def take_step(draft: Draft, step: Step) -> None:
 
 async def is_solvable(draft: Draft, step: str) -> bool:
     """The Critic's first answer. Raises Dropped if it never gives one."""
+    said = ""
     for _ in range(draft.tools.options.critic_retries + 1):
         try:
             verdict = await draft.critic.solvable(step)
-        except Unusable as fault:
-            draft.counts[f"refused_{fault}"] += 1
+        except Unusable as unusable:
+            draft.counts[f"refused_{unusable.fault}"] += 1
+            said = unusable.said
             continue
         draft.counts["solvable"] += verdict
         return verdict
-    raise Dropped("no_verdict")
+    raise Dropped("no_verdict", said)
 
 
 async def code_for(draft: Draft, step: str) -> tuple[str, Block]:
-    """The Critic's second answer: r_logic, and code that ran. Raises Dropped when all of its retries broke a rule or failed."""
-    options, said = draft.tools.options, None
-    for _ in range(options.critic_retries + 1):
-        detail = ""
+    """The Critic's second answer: r_logic, and code that ran. Raises Dropped if each one broke a rule or failed."""
+    told = None
+    for _ in range(draft.tools.options.critic_retries + 1):
+        draft.counts["rewrites"] += 1
         try:
-            rewrite = await draft.critic.rewrite(step, said)
-            fault = check_rewrite(step, rewrite, [block.code for block in draft.blocks], options.min_kept, options.max_added)
+            rewrite = await draft.critic.rewrite(step, told)
+            return rewrite.logic, await checked_block(draft, step, rewrite)
         except Unusable as unusable:
-            fault = str(unusable)
-        if fault is None:
-            code = rewrite.code.strip("\n")
-            execution = await draft.tools.sandbox.run(code)
-            if execution.passed:
-                return rewrite.logic, Block(code, execution)
-            if execution.outcome == "infrastructure":
-                raise Dropped("sandbox", execution.error)
-            fault, detail = "code_failed", execution.error
-        draft.counts[f"refused_{fault}"] += 1
-        said = f"{FAULTS[fault]} {detail}".strip()
-    raise Dropped(fault, detail)
+            draft.counts[f"refused_{unusable.fault}"] += 1
+            last, error = unusable, f" {unusable.said}" if unusable.fault == "code_failed" else ""
+            told = FAULTS[unusable.fault] + error
+    raise Dropped(last.fault, last.said)
+
+
+async def checked_block(draft: Draft, step: str, rewrite: Rewrite) -> Block:
+    """A rewrite's code with its run, if the rewrite keeps all rules and the code passes. Raises Unusable, else."""
+    options, earlier = draft.tools.options, [block.code for block in draft.blocks]
+    fault = check_rewrite(step, rewrite, earlier, options.min_kept, options.max_added)
+    if fault is not None:
+        raise Unusable(fault, f"{rewrite.logic}\n{rewrite.code}")
+    code = rewrite.code.strip("\n")
+    execution = await draft.tools.sandbox.run(code)
+    if execution.outcome == "infrastructure":
+        raise Dropped("sandbox", execution.error)
+    if not execution.passed:
+        raise Unusable("code_failed", execution.error)
+    return Block(code, execution)
 
 
 def finished_trajectory(draft: Draft) -> Trajectory:
     """τ as tokens, not graded yet."""
-    trajectory = written_trajectory(draft.tools.template, draft.problem, draft.number, draft.text, draft.blocks, draft.ended)
+    trajectory = written_trajectory(draft.tools.template, draft.problem, draft.number, draft.text, draft.blocks,
+                                    draft.ended)
     if trajectory is None:
         raise Dropped("broken_fences")
     trajectory.tokens_generated, trajectory.seed = draft.num_generated, draft.tools.options.seed

@@ -1,8 +1,9 @@
-r"""TIRGen's Critic: it sees one step of reasoning, says whether code can do a part of it, and moves that part into code.
+r"""TIRGen's Critic: it sees one step of reasoning, says whether code can do a part of it, and moves that into code.
 
 Its two answers are parsed strictly and a rewrite is checked: the reasoning is the Actor's own, nothing is answered, the
-code is new and computes something. Invariant: whatever it says breaks a rule by name (a key of FAULTS) or can be used as
-it stands; the output that it predicts is thrown away. To change a prompt, edit it here or give a file (docs/tirgen.md).
+code is new and computes something. Invariant: whatever it says breaks a rule that has a name (a key of FAULTS) or can
+be used as it stands; the output that it predicts is thrown away. To change a prompt, edit it here or give a file
+(docs/tirgen.md).
 """
 
 import ast
@@ -17,8 +18,8 @@ from thor.sampling import noise_key
 
 STEP, FAULT, REWRITE = "{step}", "{fault}", "{rewrite}"  # what a prompt's file may hold, the first it must
 
-SOLVABLE_PROMPT = """You read one step of somebody's solution of a mathematics problem. Can a part of it be worked out by a short \
-Python program: arithmetic with numbers, an equation, an enumeration, a check? Naming things or planning is not enough. \
+SOLVABLE_PROMPT = """You read one step of somebody's solution of a mathematics problem. Can a part of it be worked out \
+by a short Python program: arithmetic with numbers, an equation, an enumeration, a check? Planning is not enough. \
 Answer with one word, YES or NO.
 
 Step:
@@ -35,8 +36,8 @@ Answer:"""
 
 REWRITE_PROMPT = """You read one step of somebody's solution of a mathematics problem. Move its computation into Python:
 - First copy the step's reasoning in its own words and in its order, without the computation and without its result.
-- Then write exactly one block that begins with ```python and ends with ```. It imports what it needs, computes from the \
-numbers in the step and prints the result.
+- Then write exactly one block that begins with ```python and ends with ```. It imports what it needs, computes from \
+the numbers in the step and prints the result.
 - Write nothing after the block. Do not solve the rest of the problem and do not write \\boxed.
 
 Step:
@@ -81,7 +82,8 @@ BLOCK = re.compile(r"^```py(?:thon)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL |
 PREDICTED = re.compile(r"\s*^```(?:output|text)?[ \t]*\n.*?(?:^```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")  # neither LaTeX commands nor the x of 3 x 4
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-INERT = (ast.Module, ast.Expr, ast.Constant, ast.Load, ast.Store, ast.Name, ast.Assign, ast.JoinedStr, ast.FormattedValue)
+INERT = (ast.Module, ast.Expr, ast.Constant, ast.Load, ast.Store, ast.Name, ast.Assign, ast.JoinedStr,
+         ast.FormattedValue)  # print(84) and the like
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,15 @@ class Rewrite:
 
 
 class Unusable(Exception):
-    """An answer of the Critic that breaks a rule; its text is a key of FAULTS."""
+    """An answer of the Critic that breaks a rule: a key of FAULTS, and what it said."""
+
+    def __init__(self, fault: str, said: str):
+        super().__init__(fault)
+        self.fault, self.said = fault, said
 
 
 class Critic(Protocol):
-    """The Critic of one try of one problem. `make_critic(seed)` makes it; what it says depends on seed and steps alone."""
+    """The Critic of one try, made by `make_critic(seed)`; what it says depends on that seed and the steps alone."""
 
     async def solvable(self, step: str) -> bool:
         """Whether code can do a part of the step. Raises Unusable, ClientError."""
@@ -128,9 +134,10 @@ class CriticOptions:
 
 
 class LMCritic:
-    """A language model as the Critic. `render` makes what its client reads of a question: a chat turn, or plain text."""
+    """A language model as the Critic. `render` makes a prompt of a question: a chat turn, or just its text."""
 
-    def __init__(self, client: EngineClient | HTTPClient, seed: int, options: CriticOptions, render: Callable[[str], str]):
+    def __init__(self, client: EngineClient | HTTPClient, seed: int, options: CriticOptions,
+                 render: Callable[[str], str]):
         self.client, self.seed, self.options, self.render = client, seed, options, render
         self._asked = 0
         self._last = ""
@@ -166,26 +173,27 @@ def parse_verdict(text: str) -> bool:
     """YES or NO as the first word, nothing else. Raises Unusable."""
     match = re.match(r"\W*(yes|no)\b", text, re.IGNORECASE)
     if not match:
-        raise Unusable("no_verdict")
+        raise Unusable("no_verdict", text)
     return match[1].lower() == "yes"
 
 
 def parse_rewrite(text: str) -> Rewrite:
-    """Reasoning, then one complete block, then nothing but a predicted output, which is thrown away. Raises Unusable."""
+    """Reasoning, one complete block, then nothing but a predicted output, which is thrown away. Raises Unusable."""
     blocks = list(BLOCK.finditer(text))
     if not blocks:
-        raise Unusable("no_block")
+        raise Unusable("no_block", text)
     logic, code = text[:blocks[0].start()].strip(), blocks[0][1].strip("\n")
     if len(blocks) > 1 or "```" in logic:
-        raise Unusable("several_blocks")
+        raise Unusable("several_blocks", text)
     if not code.strip():
-        raise Unusable("empty_code")
+        raise Unusable("empty_code", text)
     if PREDICTED.sub("", text[blocks[0].end():], count=1).strip():
-        raise Unusable("text_after_code")
+        raise Unusable("text_after_code", text)
     return Rewrite(logic, code)
 
 
-def check_rewrite(step: str, rewrite: Rewrite, earlier: Collection[str], min_kept: float, max_added: float) -> str | None:
+def check_rewrite(step: str, rewrite: Rewrite, earlier: Collection[str], min_kept: float,
+                  max_added: float) -> str | None:
     """Which rule a rewrite breaks (a key of FAULTS), None if it can be run. `earlier` are the codes before it.
 
     `min_kept`: share of the step's words that it keeps, in their order; the computation may go, so less than 1.
@@ -224,8 +232,11 @@ def computes(code: str) -> bool:
         nodes = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return True
-    prints = (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print" for node in nodes)
-    return not all(inert or isinstance(node, INERT) for node, inert in zip(nodes, prints, strict=True))
+    return not all(isinstance(node, INERT) or _is_print(node) for node in nodes)
+
+
+def _is_print(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
 
 
 def answer_of(completion: Completion) -> str:

@@ -1,11 +1,11 @@
 """TIRGen's funnel: how many trajectories each stage left over, why the others went, and what balancing did.
 
-One report (a dict that becomes funnel.json) is made here, and a table and a picture of it. Invariant: the survivors of a
-stage are those of the stage before less what it removed, in all and for each source.
+One report (a dict that becomes funnel.json) is made here, and a table and a picture of it. Invariant: the survivors of
+a stage are those of the stage before less what it removed, in all and for each source.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from thor.data import Problem
@@ -33,13 +33,14 @@ def report(problems: list[Problem], source_field: str, made: list[Try], filtered
     for name in STAGES:
         removed = [dropped for dropped in filtered.rejected if dropped.stage == name]
         left -= Counter((dropped.trajectory.id, dropped.trajectory.sample) for dropped in removed)
-        stages.append(_stage(name, [sources[problem] for problem, _ in left], Counter(dropped.reason for dropped in removed)))
+        reasons = Counter(dropped.reason for dropped in removed)
+        stages.append(_stage(name, [sources[problem] for problem, _ in left], reasons))
     measured = [difficulty[problem.id] for problem in problems if problem.id in difficulty]
     return {
         "stages": stages,
         "problems": {"all": len(problems), "without_answer": sum(problem.answer is None for problem in problems),
                      "with_a_survivor": len({each.id for each in filtered.kept})},
-        "critic": dict(sum((Counter(each.critic) for each in made), Counter())),
+        "critic": _total(each.critic for each in made),
         "difficulty": {"problems": len(measured), "solved": sum(solved for solved, _ in measured),
                        "samples": sum(drawn for _, drawn in measured)},
         "thresholds": {"max_trivial_share": settings.max_trivial_share, "min_calls": settings.min_calls,
@@ -54,7 +55,14 @@ def _stage(name: str, sources: Sequence[str], removed: dict[str, int]) -> Stage:
             "removed": dict(sorted(removed.items(), key=lambda item: -item[1]))}
 
 
-def _before_and_after(filtered: Filtered, histogram) -> dict[str, Counts]:
+def _total(counts: Iterable[Counts]) -> Counts:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)  # not +, which would forget a count of 0
+    return dict(total)
+
+
+def _before_and_after(filtered: Filtered, histogram: Callable[[Iterable[Trajectory]], Counts]) -> dict[str, Counts]:
     return {"before": histogram(filtered.unbalanced), "after": histogram(filtered.kept)}
 
 
@@ -71,7 +79,9 @@ def length_histogram(trajectories: Iterable[Trajectory]) -> Counts:
     limits = [SHORTEST]
     while limits[-1] < LONGEST:
         limits.append(2 * limits[-1])
-    bars = {f"<{limit}": sum(limit // 2 * (limit > SHORTEST) <= length < limit for length in lengths) for limit in limits}
+    below = [0, *limits]
+    bars = {f"<{limit}": sum(low <= length < limit for length in lengths)
+            for low, limit in zip(below, limits, strict=False)}
     return bars | {f"≥{LONGEST}": sum(length >= LONGEST for length in lengths)}
 
 
@@ -104,7 +114,7 @@ def draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(15, 4))
+    figure, (left, *right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     stages = report["stages"]
     names, bottom = [stage["name"].replace("_", " ") for stage in stages], [0] * len(stages)
     for source in stages[0]["by_source"]:
@@ -114,16 +124,16 @@ def draw(report: Report, path: Path) -> None:
     left.bar_label(left.bar(names, bottom, fill=False, linewidth=0), bottom)
     left.set_title("trajectories after each stage")
     left.tick_params(axis="x", rotation=30)
+    left.margins(y=0.1)
     if len(stages[0]["by_source"]) > 1:
-        left.legend(fontsize=8)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=8, fontsize=8)
     for axis, (title, both) in zip(right, report["histograms"].items(), strict=True):
         bars = [bar for bar in both["before"] if both["before"][bar]] or list(both["before"])[:1]
         places = range(len(bars))
-        axis.bar([place - 0.2 for place in places], [both["before"][bar] for bar in bars], 0.4, label="before balancing")
-        axis.bar([place + 0.2 for place in places], [both["after"][bar] for bar in bars], 0.4, label="after")
+        for shift, key, label in ((-0.2, "before", "before balancing"), (0.2, "after", "after")):
+            axis.bar([place + shift for place in places], [both[key][bar] for bar in bars], 0.4, label=label)
         axis.set_xticks(list(places), bars, rotation=30)
         axis.set_title(title)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

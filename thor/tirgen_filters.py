@@ -1,8 +1,8 @@
 r"""TIRGen's filters (method, section 2): which of the finished trajectories the cold start learns from.
 
-Four stages in their stated order: format, code quality, difficulty, balance. Each is a pure function of records that were
-graded before, and gives a reason where it drops one. Invariants: a trajectory is dropped once, by the first stage that
-objects; what is chosen by chance depends on the seed and the problem's id alone, so never on the order of a file.
+Four stages in their stated order: format, code quality, difficulty, balance. Each is a pure function of records that
+were graded before, and gives a reason where it drops one. Invariants: a trajectory is dropped once, by the first stage
+that objects; what is chosen by chance depends on the seed and the problem's id alone, so never on the order of a file.
 """
 
 import ast
@@ -136,7 +136,7 @@ def difficulty_reason(solved_and_drawn: tuple[int, int] | None) -> str | None:
 
 
 def surplus_reasons(trajectories: Iterable[Trajectory], settings: FilterSettings) -> dict[tuple[str, int], str]:
-    """Stage 4: (id, sample) -> why it goes. One trajectory a problem stays, then a share of those with one code call."""
+    """Stage 4: (id, sample) -> why it goes. One trajectory a problem stays, then a share of those with one block."""
     chosen: dict[str, Trajectory] = {}
     reasons: dict[tuple[str, int], str] = {}
     for trajectory in trajectories:

@@ -1,8 +1,8 @@
 r"""Text of TIRGen's Actor: cut into the steps that the Critic sees, and put together again as a trajectory of tokens.
 
-An Actor's text is text: the Critic has changed it, so there is no sampled sequence of tokens to keep. When it is finished
-it is encoded once, piece by piece, at the boundaries of SFT. Invariant: what becomes an observe span is exactly what the
-sandbox printed, and each act span has its execution; a text of which that is not true is none that can be trained on.
+An Actor's text is text: the Critic has changed it, so there is no sampled sequence of tokens to keep. When it is
+finished it is encoded once, piece by piece, at the boundaries of SFT. Invariant: what becomes an observe span is what
+the sandbox printed, and each act span has its execution; a text where that is not so is none to be trained on.
 """
 
 import re
@@ -92,9 +92,10 @@ def written_trajectory(template: Template, problem: Problem, number: int, text: 
     prompt = template.prompt_text(problem.question)
     thinking = template.is_thinking(prompt)
     prose, _ = prose_and_codes(text)
-    return Trajectory(problem.id, number, problem.question, problem.answer, template.encode_prompt(prompt), ids, spans=spans,
-                      executions=[block.execution for block in blocks], text=text, thinking=thinking,
-                      boxed=boxed_answer(answer_part(prose) if thinking else prose), finish="eos" if ended else "length")
+    return Trajectory(
+        problem.id, number, problem.question, problem.answer, template.encode_prompt(prompt), ids, spans=spans,
+        executions=[block.execution for block in blocks], text=text, thinking=thinking,
+        boxed=boxed_answer(answer_part(prose) if thinking else prose), finish="eos" if ended else "length")
 
 
 def _without_last_token(spans: list[Span]) -> Iterator[Span]:

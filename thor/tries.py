@@ -58,7 +58,7 @@ class Try:
 
 
 def read_tries(directory: Path) -> dict[Key, Try]:
-    """The tries of a directory by (problem id, number), in the order of the file. ValueError for one that is there twice."""
+    """The tries of a directory by (problem id, number), in the file's order. ValueError for one that is there twice."""
     tries: dict[Key, Try] = {}
     path = directory / TRIES
     for number, line in read_lines(path):
@@ -81,6 +81,11 @@ def _try(where: str, line: str) -> Try:
         raise ValueError(f"{where}: not a try, no field {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def is_missing(each: Try | None) -> bool:
+    """Whether a try is still to be made: there is none yet, or it was lost."""
+    return each is None or each.reason in LOST
 
 
 def append_try(file: TextIO, each: Try) -> None:
@@ -122,13 +127,14 @@ def check_problems(directory: Path, tries: Iterable[Try], problems: list[Problem
     for each in tries:
         whole = each.trajectory
         if each.id not in questions or whole and (whole.question, whole.answer) != questions[each.id]:
-            raise ValueError(f"{directory} holds a try of another problem {each.id!r} than is asked for; use another directory")
+            raise ValueError(f"{directory} holds a try of another problem {each.id!r} than is asked for; use another "
+                             "directory")
 
 
 def merge(directories: list[Path], target: Path, settings: Settings, problems: list[Problem]) -> None:
     """Put the tries and the difficulties of several directories, as `--shard` makes them, together in `target`.
 
-    Raises ValueError for a try that two of them hold, for other settings than the command's, and for a target with tries.
+    ValueError for a try that two of them hold, for other settings than the command's, and for a target with tries.
     """
     if (target / TRIES).exists():
         raise ValueError(f"{target} holds tries already; merge into a new directory")
@@ -141,7 +147,8 @@ def merge(directories: list[Path], target: Path, settings: Settings, problems: l
         both = merged.keys() & tries.keys()
         if both:
             problem, number = min(both)
-            raise ValueError(f"{directory}: try {number} of problem {problem!r} is in another directory, too; shards do not overlap")
+            raise ValueError(f"{directory}: try {number} of problem {problem!r} is in another directory, too; shards "
+                             "do not overlap")
         merged |= tries
         difficulty |= read_difficulty(directory)
     target.mkdir(parents=True, exist_ok=True)
