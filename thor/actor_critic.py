@@ -125,7 +125,7 @@ async def sampled_steps(draft: Draft) -> AsyncIterator[Step]:
         completion = await draft.ask_actor(room, (options.step_end,))
         stopped = completion.finish in ("stop", "unknown")
         ended = completion.finish == "eos" or completion.finish == "unknown" and not completion.text
-        if not ended and not completion.text.strip() and draft.text.endswith(options.step_end):
+        if stopped and not ended and not completion.text.strip() and draft.text.endswith(options.step_end):
             raise Dropped("empty_steps")  # it would go on with blank lines up to L_max
         if completion.text or completion.finish == "stop":
             yield Step(completion.text + options.step_end * stopped)
