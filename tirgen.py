@@ -40,8 +40,8 @@ MAX_LOST_IN_A_ROW = 32  # tries lost to servers or to the sandbox, after which g
 # What may differ between two runs of one directory without changing a try.
 NOT_SETTINGS = (
     "problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard",
-    "merge", "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox", "slots", "threads",
-    "timeout", "max_retries", "key_variable")
+    "merge", "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox", "slots",
+    "threads", "timeout", "max_retries", "key_variable")
 
 
 @dataclass
@@ -125,7 +125,7 @@ def main(options: TirgenOptions) -> None:
     problems, out = read_problems(options.problems), Path(options.out)
     wanted = of_shard(problems, options.shard)
     if all(problem.answer is None for problem in wanted):
-        raise ValueError(f"{options.problems}, shard {options.shard}: no problem has an answer, so no try can be graded")
+        raise ValueError(f"{options.problems}, shard {options.shard}: no problem has an answer to grade by")
     if options.merge:
         tries.merge([Path(name) for name in options.merge.split(",")], out, settings_of(options), problems)
     elif not options.filter_only:

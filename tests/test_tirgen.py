@@ -103,7 +103,7 @@ def test_a_trajectory_is_encoded_once_and_the_loss_never_sees_the_output():
     parts = {span.kind: TEMPLATE.decode(made.response_ids[span.start:span.end]) for span in made.spans}
     assert parts[ACT].strip() == "```python\nprint(12 * 7)\n```" and parts[OBSERVE] == "\n```output\n84\n```\n"
     assert [run.stdout for run in made.executions] == ["84\n"] and loss_mask(made.spans, len(made.response_ids))[-1]
-    assert made.prompt_ids == TEMPLATE.prompt_ids(PROBLEM.question), "the prompt has the tool instruction, not the Actor's"
+    assert made.prompt_ids == TEMPLATE.prompt_ids(PROBLEM.question), "it has the tool instruction"
 
 
 def test_the_critic_sees_one_step_and_never_the_problem():

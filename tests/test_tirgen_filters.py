@@ -10,9 +10,9 @@ import tiny
 from thor import funnel
 from thor.data import Problem
 from thor.template import Template, encode_response
-from thor.tirgen_filters import (STAGES, FilterSettings, difficulty_reason, dollars_balance, filter_tirgen, first_objection,
-                                 format_reason, is_trivial, prose_and_codes, quality_reason, repeats, surplus_reasons,
-                                 thinks_then_answers)
+from thor.tirgen_filters import (STAGES, FilterSettings, difficulty_reason, dollars_balance, filter_tirgen,
+                                 first_objection, format_reason, is_trivial, prose_and_codes, quality_reason, repeats,
+                                 surplus_reasons, thinks_then_answers)
 from thor.trajectory import ACT, OBSERVE, THINK, Execution, Span, Trajectory
 from thor.tries import Try
 
