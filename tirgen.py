@@ -128,7 +128,9 @@ def main(options: TirgenOptions) -> None:
         raise ValueError(f"{options.problems}, shard {options.shard}: no problem has an answer to grade by")
     if options.merge:
         tries.merge([Path(name) for name in options.merge.split(",")], out, settings_of(options), problems)
-    elif not options.filter_only:
+    elif options.filter_only:
+        tries.cut_half_lines(out)
+    else:
         finished = tries.begin_or_continue(out, settings_of(options), problems)
         asyncio.run(build(options, wanted, finished))
     made = tries.read_tries(out)
@@ -148,9 +150,11 @@ async def build(options: TirgenOptions, problems: list[Problem], finished: dict[
         return
     async with AsyncExitStack() as stack:
         tools = await open_tools(options, problems, stack)
+        done = sum(not tries.is_missing(each) for each in finished.values())
+        bar = tqdm(total=done + len(missing), initial=done, unit="try", smoothing=0.1)
         run = Run(options, tools, stack.enter_context(open_to_append(out / tries.TRIES)),
-                  stack.enter_context(open_to_append(out / tries.DIFFICULTY)),
-                  stack.enter_context(tqdm(total=len(missing), unit="try", smoothing=0.1)), measured)
+                  stack.enter_context(open_to_append(out / tries.DIFFICULTY)), stack.enter_context(bar), measured,
+                  survivors=sum(survives(options, each) for each in finished.values()))
         await in_parallel([partial(run.measure, problem) for problem in problems if problem.id in right]
                           + [partial(run.take, *job) for job in missing], options.concurrency)
     run.report()
@@ -181,7 +185,7 @@ class Run:
         if self.lost_in_a_row >= MAX_LOST_IN_A_ROW:
             raise ValueError(f"{self.lost_in_a_row} tries in a row were lost ({made.reason}: {made.detail}); the same "
                              "command continues")
-        self.survivors += whole is not None and first_objection(whole, self.options.filters, {}) is None
+        self.survivors += survives(self.options, made)
         self.bar.set_postfix({"survivors": self.survivors}, refresh=False)
         self.bar.update()
         if made.right:
@@ -206,6 +210,11 @@ class Run:
         """Say aloud what a server kept from being measured."""
         if self.unmeasured:
             print(f"the difficulty of {self.unmeasured} problems could not be measured; the same command tries again")
+
+
+def survives(options: TirgenOptions, made: Try) -> bool:
+    """Whether a try passes the filters that judge a trajectory by itself, as far as it is known yet."""
+    return made.trajectory is not None and first_objection(made.trajectory, options.filters, {}) is None
 
 
 async def in_parallel(jobs: list[Callable[[], Awaitable[None]]], concurrency: int) -> None:

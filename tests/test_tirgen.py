@@ -405,8 +405,9 @@ def test_a_run_that_is_killed_twice_loses_and_repeats_nothing(world, whole, tmp_
         written = file.read_bytes()
         assert written.startswith(kept) and wanted <= written.count(b"\n") < 40 * NUM_TRIES
         kept = written[:written.rfind(b"\n") + 1]
-    with open(out / tries.TRIES, "ab") as file:
-        file.write(b'{"id": "half a li')
+    for name in (tries.TRIES, tries.DIFFICULTY):
+        with open(out / name, "ab") as file:
+            file.write(b'{"id": "half a li')
     call(world, out)
     assert (out / tries.TRIES).read_bytes().startswith(kept)
     for name in (tries.TRIES, "sft.jsonl", "rejected.jsonl"):

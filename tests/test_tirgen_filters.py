@@ -169,7 +169,7 @@ def test_one_trajectory_of_a_problem_stays_and_which_one_does_not_depend_on_the_
     assert [each.sample for each in others] != [each.sample for each in kept]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.33, 0.5, 0.75, 1.0])
 def test_a_share_of_the_trajectories_with_one_call_stays_and_all_with_more(share):
     rows = [solved(id=str(problem), calls=1 + (problem % 3 == 0)) for problem in range(31)]
     filtered = filter_tirgen(rows, FilterSettings(one_call_share=share), {})

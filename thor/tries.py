@@ -96,7 +96,7 @@ def append_try(file: TextIO, each: Try) -> None:
 
 def begin_or_continue(directory: Path, settings: Settings, problems: list[Problem]) -> dict[Key, Try]:
     """The tries that a directory holds. Refuses to mix two settings, or tries of other problems, into one directory."""
-    open_to_append(directory / TRIES).close()
+    cut_half_lines(directory)
     if (directory / TRIES).stat().st_size:
         check_settings(directory, settings)
     else:
@@ -104,6 +104,12 @@ def begin_or_continue(directory: Path, settings: Settings, problems: list[Proble
     tries = read_tries(directory)
     check_problems(directory, tries.values(), problems)
     return tries
+
+
+def cut_half_lines(directory: Path) -> None:
+    """Cut off what a killed run left at the ends of its files; files that are missing begin empty."""
+    for name in (TRIES, DIFFICULTY):
+        open_to_append(directory / name).close()
 
 
 def check_settings(directory: Path, settings: Settings) -> None:
