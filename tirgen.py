@@ -287,20 +287,28 @@ async def open_tools(options: TirgenOptions, problems: list[Problem], stack: Asy
     asked = TEXT_INSTRUCTION if options.actor_instruction is None else options.actor_instruction
     tokenizer = options.actor_tokenizer or options.actor
     template = load_template(tokenizer, options.style, instruction, options.system, options.thinking)
-    make_critic = scripted_critic(options.critic)
+    scripted = scripted_critic(options.critic)
     sandbox = await stack.enter_async_context(open_sandbox(options.sandbox, options.cpu_seconds))
     actor = None
     if texts is None or options.difficulty_samples:
         reach = client_options(options, options.style, None)
         actor = await stack.enter_async_context(open_client(options.actor, reach))
-    if make_critic is None:
-        shared = actor is not None and (options.critic, options.critic_style) == (options.actor, options.style)
-        reach = client_options(options, options.critic_style, options.critic_tokenizer)
-        client = actor if shared else await stack.enter_async_context(open_client(options.critic, reach))
-        render = renderer(client, options.critic_style)
-        make_critic = partial(LMCritic, client, options=options.as_critic, render=render)
-    actor_template = dataclasses.replace(template, instruction=asked)
-    return Tools(options.loop, template, actor_template, actor, make_critic, sandbox, texts)
+    make_critic = scripted or await open_critic(options, actor, stack)
+    return Tools(options.loop, template, dataclasses.replace(template, instruction=asked), actor, make_critic, sandbox,
+                 texts)
+
+
+async def open_critic(options: TirgenOptions, actor: EngineClient | HTTPClient | None,
+                      stack: AsyncExitStack) -> Callable[[int], LMCritic]:
+    """`make_critic` of a language model. A directory that is the Actor's, too, is loaded once."""
+    reach = client_options(options, options.critic_style, options.critic_tokenizer)
+    same = (options.critic, options.critic_style) == (options.actor, options.style)
+    try:
+        client = (actor if isinstance(actor, EngineClient) and same
+                  else await stack.enter_async_context(open_client(options.critic, reach)))
+    except ValueError as error:
+        raise ValueError(f"the Critic {options.critic} (its style is --critic_style): {error}") from None
+    return partial(LMCritic, client, options=options.as_critic, render=renderer(client, options.critic_style))
 
 
 def client_options(options: TirgenOptions, style: str, tokenizer: str | None) -> ClientOptions:

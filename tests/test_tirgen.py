@@ -513,6 +513,7 @@ def test_a_run_that_lost_everything_does_not_end_in_silence(world, tmp_path):
     (["--actor", "no/such"], "not a directory"),
     (["--critic", "scripted:nobody"], "no thor/nobody.py with a make_critic"),
     (["--critic", "scripted:model"], "no thor/model.py with a make_critic"),
+    (["--critic", "MODEL"], "(its style is --critic_style): the tokenizer has no chat template"),
     (["--tries", "0"], "tries is 0"),
     (["--concurrency", "0"], "concurrency is 0"),
     (["--difficulty_samples", "-1"], "difficulty_samples is -1"),
@@ -540,7 +541,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(world, tmp_path, more, mess
     (tmp_path / "unknown").write_text('{"id": "a", "question": "1+1", "answer": null}\n')
     (tmp_path / "one").write_text('{"id": "a", "text": "2"}\n')
     places = {"PROBLEMS": world / "problems.jsonl", "LATIN": tmp_path / "latin", "UNKNOWN": tmp_path / "unknown",
-              "ONE": tmp_path / "one"}
+              "ONE": tmp_path / "one", "MODEL": world / "model"}
     given = [str(places.get(argument, argument)) for argument in more]
     with pytest.raises(SystemExit) as ended:
         config.run(main, TirgenOptions, "", arguments(world, tmp_path / "out", *given))
