@@ -41,7 +41,7 @@ MAX_LOST_IN_A_ROW = 32  # tries lost to servers or to the sandbox, after which g
 NOT_SETTINGS = (
     "problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard",
     "merge", "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox", "slots",
-    "threads", "timeout", "max_retries", "key_variable")
+    "threads", "timeout", "max_retries", "backoff", "key_variable")
 
 
 @dataclass
@@ -95,7 +95,8 @@ class TirgenOptions:
     context: int = option(4096, "tokens of prompt and text together, for directories; at most the model's own")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
     timeout: float = option(300.0, "seconds without a byte from a server")
-    max_retries: int = option(5, "further requests to a server that fails, the pauses growing from one second")
+    max_retries: int = option(5, "further requests to a server that fails")
+    backoff: float = option(1.0, "seconds before the first of them, twice as long before each further one")
     key_variable: str = option("THOR_API_KEY", "environment variable that holds the servers' API key")
 
     @property
@@ -316,7 +317,7 @@ def client_options(options: TirgenOptions, style: str, tokenizer: str | None) ->
     return ClientOptions(style=style, device=options.device, dtype=options.dtype, context=options.context,
                          slots=min(options.slots, options.concurrency), tokenizer=tokenizer,
                          key_variable=options.key_variable, concurrency=options.concurrency, timeout=options.timeout,
-                         max_retries=options.max_retries)
+                         max_retries=options.max_retries, backoff=options.backoff)
 
 
 def renderer(client: EngineClient | HTTPClient, style: str) -> Callable[[str], str]:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import io
+import itertools
 import json
 import random
 import signal
@@ -16,6 +17,7 @@ import pytest
 from tqdm import tqdm
 
 import tiny
+from stub import Reply, Stub, completion
 from thor import config, tries
 from thor.actor_critic import LoopOptions, Tools, make_try
 from thor.clients import ClientError, Completion, Request
@@ -473,6 +475,40 @@ def test_our_engine_as_actor_makes_the_same_tries_whether_interrupted_or_not(wor
     assert lines_of(tmp_path / "b" / tries.TRIES) == lines_of(tmp_path / "a" / tries.TRIES)
     main(config.parse(TirgenOptions, "", [*sampled, "--out", str(tmp_path / "b")]))
     assert "nothing is left to make" in capsys.readouterr().out
+
+
+def test_over_http_what_a_server_does_wrong_is_asked_again_and_only_what_it_goes_on_doing_loses_a_try(
+        world, tmp_path, capsys):
+    """One server is Actor and Critic; its first answer to anything is a fault, and about one problem all are."""
+    rows = [json.loads(line) for line in (world / "problems.jsonl").read_text().splitlines()[:3]]
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row | {"answer": "84"}) + "\n" for row in rows))
+    faults = itertools.cycle([Reply(b"garbage"), Reply(b"{}", 429, {"Retry-After": "0"}), Reply(b"", 500), Reply(None)])
+
+    seen: set[tuple[str, int]] = set()
+
+    def answer(number: int, body: dict) -> Reply:
+        prompt, before = body["prompt"], len(seen)
+        seen.add((prompt, body["seed"]))
+        if len(seen) > before or rows[0]["question"] in prompt:
+            return next(faults)
+        if "Can a part" in prompt:
+            return completion("NO" if "boxed" in prompt.rpartition("Step:")[2] else "YES", stop_reason=None)
+        if "Move its computation" in prompt:
+            return completion(REWRITE, stop_reason=None)
+        return completion(LAST, stop_reason=None) if BLOCK in prompt else completion(STEP.strip(), stop_reason="\n\n")
+
+    with Stub(answer) as stub:
+        options = config.parse(TirgenOptions, "", [
+            "--actor", stub.url, "--critic", stub.url, "--actor_tokenizer", str(world / "model"),
+            "--problems", str(few), "--out", str(tmp_path / "out"), "--style", "base", "--tries", "1", "--difficulty_samples", "0",
+            "--max_trivial_share", "1", "--one_call_share", "1", "--max_retries", "3", "--backoff", "0.01",
+            "--concurrency", "3"])
+        main(options)
+    made = tries.read_tries(tmp_path / "out")
+    assert [made[row["id"], 0].reason for row in rows] == ["endpoint", None, None]
+    assert all(f"{LOGIC}\n{BLOCK}{LAST}" == made[row["id"], 0].trajectory.text for row in rows[1:])
+    assert "endpoint 1" in capsys.readouterr().out
 
 
 def test_a_try_that_was_lost_is_made_again_and_any_other_is_there_once(tmp_path):
