@@ -104,6 +104,15 @@ def test_a_cancelled_completion_gives_its_memory_back(tiny_directory):
     assert asyncio.run(run()) == complete_all(tiny_directory, [Request(PROMPT, 60, seed=1)])[0]
 
 
+def test_a_finished_completion_leaves_nothing_in_memory(tiny_directory):
+    async def run() -> int:
+        async with open_client(str(tiny_directory), ClientOptions(style="base", slots=1)) as client:
+            for seed in range(3):
+                await client.complete(Request(PROMPT, 8, seed=seed))
+            return client.engine.counts.evictions
+    assert asyncio.run(run()) == 0
+
+
 def test_a_client_of_a_directory_has_its_template(tiny_directory):
     assert open_client(str(tiny_directory), ClientOptions(style="chat")).template.style == "chat"
 
@@ -258,7 +267,8 @@ def test_retry_after_is_honoured_in_seconds_and_as_a_date_but_not_beyond_the_bou
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 422])
 def test_a_request_that_is_itself_wrong_is_refused_at_once_with_the_servers_message(status):
-    with Stub(lambda number, body: Reply(b'{"error": "no such thing"}', status)) as stub:
+    wrong = Reply(b'{"error": "no such thing"}', status, {"Location": "/elsewhere"})  # which nobody goes to
+    with Stub(lambda number, body: wrong) as stub:
         with pytest.raises(ValueError, match=f"HTTP {status}.*no such thing"):
             ask(stub.url)
     assert len(stub.posts) == 1

@@ -1,8 +1,8 @@
-"""Worked solutions of word problems as an Actor's reasoning, and a scripted Critic that turns their equations into code.
+"""Worked solutions of word problems as an Actor's reasoning; a scripted Critic that turns their equations into code.
 
-reasoning-gym's gsm_symbolic explains its answers in lines like "There are 18 + 126 = 144 people left." One equation in a
-step becomes `print(18 + 126)`, and its result a question mark. What is not understood stays text. Invariant: an equation
-is rewritten only if Python prints the very number that the step states, so what follows in the text stays true.
+reasoning-gym's gsm_symbolic explains its answers in lines like "There are 18 + 126 = 144 people left." An equation of a
+step becomes `print(18 + 126)`, its result a question mark. What is not understood stays text. Invariant: an equation is
+rewritten only if Python prints the very number that the step states, so what follows in the text stays true.
 """
 
 import re
@@ -17,7 +17,8 @@ AMOUNT = rf"{MONEY}{NUMBER}%?"
 UNIT = r"(?:\s?/\s?[A-Za-z]+|\s(?!x\b)[A-Za-z][A-Za-z'-]*){0,5}?"  # "per pair of gloves", "/week"
 OPERAND = rf"\(*{AMOUNT}{UNIT}\)*"
 OPERATOR = r"\s?(?:[-+*/×÷−]|(?<![A-Za-z])x(?![A-Za-z]))\s?"
-EQUATION = re.compile(rf"(?<![\w.,])(?P<left>{OPERAND}(?:{OPERATOR}{OPERAND})+){UNIT}\s?=\s?(?P<right>{MONEY}{NUMBER})%?"
+EQUATION = re.compile(rf"(?<![\w.,])(?P<left>{OPERAND}(?:{OPERATOR}{OPERAND})+){UNIT}\s?=\s?"
+                      rf"(?P<right>{MONEY}{NUMBER})%?"
                       rf"(?![\d,.]*\d)(?!\s?[-+*/×÷x]\s?\(*[$£€]?\d)(?!{UNIT}\s?=)")
 TOKEN = re.compile(rf"{NUMBER}%?|[-+*/×÷−()]|(?<![A-Za-z])x(?![A-Za-z])")
 UNIT_FRACTION = re.compile(r"/\s?[A-Za-z]+")  # the slash of "days/week" is no division
@@ -37,7 +38,7 @@ class Reading:
 
 
 class EquationCritic:
-    """The Critic of TIRGen (thor/critic.py) for such steps; it needs no model, and what it says is a matter of course."""
+    """The Critic of TIRGen (thor/critic.py) for such steps; it needs no model and draws nothing."""
 
     async def solvable(self, step: str) -> bool:
         """Whether the step has one equation that Python confirms."""
@@ -51,7 +52,7 @@ class EquationCritic:
 
 
 def make_critic(seed: int) -> EquationCritic:
-    """The Critic of one try; it draws nothing."""
+    """The Critic of one try, whatever the seed."""
     return EquationCritic()
 
 
