@@ -83,12 +83,12 @@ def language_critic(*answers: str) -> tuple[ScriptedActor, Callable[[int], LMCri
 
 
 def run_try(actor: ScriptedActor | None, make_critic: Callable, template: Template = TEMPLATE,
-            texts: list[str] | None = None, sandbox: FriendlySandbox | None = None, **options) -> Try:
+            texts: list[str] | None = None, sandbox: FriendlySandbox | None = None, number: int = 0, **options) -> Try:
     given = None if texts is None else {PROBLEM.id: texts}
     actor_template = dataclasses.replace(template, instruction="Think without code.")
     tools = Tools(LoopOptions(**options), template, actor_template, actor, make_critic, sandbox or FriendlySandbox(),
                   given)
-    return asyncio.run(make_try(tools, PROBLEM, 0))
+    return asyncio.run(make_try(tools, PROBLEM, number))
 
 
 def test_the_sandboxs_output_replaces_the_number_that_the_actor_had_computed_and_the_critic_had_predicted():
@@ -223,6 +223,11 @@ def test_an_output_that_would_break_out_of_its_block_cannot_be_trained_on():
     assert written_trajectory(TEMPLATE, PROBLEM, 0, "No code.", [block], ended=True) is None
 
 
+def test_a_box_that_a_program_prints_is_no_answer():
+    block = Block("print(box(84))", Execution("ok", "\\boxed{84}\n", "", 0.0))
+    assert written_trajectory(TEMPLATE, PROBLEM, 0, f"{block.text}Well.", [block], ended=True).boxed is None
+
+
 def test_steps_and_windows_are_the_text_and_nothing_else():
     rng = random.Random(0)
     for _ in range(50):
@@ -264,8 +269,17 @@ def test_the_box_of_a_reasoning_model_is_read_after_its_thoughts():
 
 
 def test_texts_that_are_given_are_taken_in_turn_and_cut_like_sampled_ones():
-    made = run_try(None, language_critic("YES", REWRITE)[1], texts=[STEP + LAST])
-    assert made.trajectory.text == f"{LOGIC}\n{BLOCK}{LAST}" and made.trajectory.tokens_generated == 0
+    for number, word in enumerate(["One. ", "Two. ", "One. "]):
+        made = run_try(None, language_critic("YES", REWRITE)[1], texts=[f"{STEP}One. {LAST}", f"{STEP}Two. {LAST}"],
+                       number=number)
+        assert made.trajectory.text == f"{LOGIC}\n{BLOCK}{word}{LAST}" and made.trajectory.tokens_generated == 0
+
+
+def test_reasoning_that_is_cut_off_or_too_long_has_not_ended():
+    template = dataclasses.replace(TEMPLATE, thinking=True)
+    cut = run_try(ScriptedActor(Completion("Well, let", "length")), language_critic("NO")[1], template)
+    long = run_try(None, language_critic("NO")[1], texts=[STEP + LAST], max_tokens=20)
+    assert cut.trajectory.finish == long.trajectory.finish == "length"
 
 
 def test_the_first_job_that_raises_ends_all_others():
@@ -501,8 +515,8 @@ def test_over_http_what_a_server_does_wrong_is_asked_again_and_only_what_it_goes
     with Stub(answer) as stub:
         options = config.parse(TirgenOptions, "", [
             "--actor", stub.url, "--critic", stub.url, "--actor_tokenizer", str(world / "model"),
-            "--problems", str(few), "--out", str(tmp_path / "out"), "--style", "base", "--tries", "1", "--difficulty_samples", "0",
-            "--max_trivial_share", "1", "--one_call_share", "1", "--max_retries", "3", "--backoff", "0.01",
+            "--problems", str(few), "--out", str(tmp_path / "out"), "--style", "base", "--tries", "1",
+            "--difficulty_samples", "0", "--max_trivial_share", "1", "--one_call_share", "1", "--max_retries", "3", "--backoff", "0.01",
             "--concurrency", "3"])
         main(options)
     made = tries.read_tries(tmp_path / "out")
