@@ -516,8 +516,8 @@ def test_over_http_what_a_server_does_wrong_is_asked_again_and_only_what_it_goes
         options = config.parse(TirgenOptions, "", [
             "--actor", stub.url, "--critic", stub.url, "--actor_tokenizer", str(world / "model"),
             "--problems", str(few), "--out", str(tmp_path / "out"), "--style", "base", "--tries", "1",
-            "--difficulty_samples", "0", "--max_trivial_share", "1", "--one_call_share", "1", "--max_retries", "3", "--backoff", "0.01",
-            "--concurrency", "3"])
+            "--difficulty_samples", "0", "--max_trivial_share", "1", "--one_call_share", "1",
+            "--max_retries", "3", "--backoff", "0.01", "--concurrency", "3"])
         main(options)
     made = tries.read_tries(tmp_path / "out")
     assert [made[row["id"], 0].reason for row in rows] == ["endpoint", None, None]
