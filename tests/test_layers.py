@@ -16,8 +16,9 @@ LAYERS = {
     "config": set(),
     "metrics": set(),
     "optimizer": set(),
-    "sandbox_child": set(),
-    "sandbox_server": {"sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
+    "isolation": set(),
+    "sandbox_child": {"isolation"},
+    "sandbox_server": {"isolation", "sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
     "sandbox": {"sandbox_child", "trajectory"},  # for Limits and Execution

@@ -164,33 +164,17 @@ def test_torch_is_not_imported_in_the_warm_parent():
     assert run_all("import sys\nprint('torch' in sys.modules, 'sympy' in sys.modules)")[0].stdout == "False True\n"
 
 
-def children(pid: int) -> list[str]:
-    """Its child processes, zombies included."""
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def test_code_sees_no_descriptor_of_the_harness_however_many_there_are():
-    async def run() -> Execution:
-        async with LocalSandbox(**{**SMALL, "num_workers": 70, "wall_seconds": 60.0}) as sandbox:
-            others = [asyncio.create_task(sandbox.run("import time\ntime.sleep(99)")) for _ in range(69)]
-            while len(children(sandbox.pid)) < 69:
-                await asyncio.sleep(0.01)
-            listing = await sandbox.run("import os\nprint(len(os.listdir('/proc/self/fd')))")
-            for other in others:
-                other.cancel()
-            return listing
-
-    assert asyncio.run(run()).stdout == "4\n"
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a snippet a user of its own")
-def test_where_we_are_root_a_snippet_cannot_signal_the_harness_or_become_root_again():
-    kill, become_root = run_all("import os\nos.kill(os.getppid(), 9)", "import os\nos.setuid(0)")
-    assert kill.error == become_root.error == "PermissionError: [Errno 1] Operation not permitted"
+def descendants(pid: int | str) -> list[str]:
+    """Its child processes and theirs, zombies included."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has just ended
+        return []
+    return children + [one for child in children for one in descendants(child)]
 
 
 def processes_naming(text: Path) -> list[str]:
-    """Processes whose command line or first environment names `text`: a sandbox's own and its snippets'."""
+    """Processes whose command line or first environment names `text`: a sandbox's own and its snippets' forks."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -201,6 +185,29 @@ def processes_naming(text: Path) -> list[str]:
     return found
 
 
+def test_code_sees_no_descriptor_of_the_harness_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def run() -> Execution:
+        async with LocalSandbox(**{**SMALL, "num_workers": 70, "wall_seconds": 60.0}) as sandbox:
+            before = len(processes_naming(tmp_path))
+            others = [asyncio.create_task(sandbox.run("import time\ntime.sleep(99)")) for _ in range(69)]
+            while len(processes_naming(tmp_path)) < before + 69:
+                await asyncio.sleep(0.01)
+            listing = await sandbox.run("import os\nprint(len(os.listdir('/proc/self/fd')))")
+            for other in others:
+                other.cancel()
+            return listing
+
+    assert asyncio.run(run()).stdout == "4\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a snippet a user of its own")
+def test_without_namespaces_too_a_snippet_cannot_signal_the_harness_or_become_root_again():
+    kill, become_root = run_all("import os\nos.kill(os.getppid(), 9)", "import os\nos.setuid(0)", isolation="basic")
+    assert kill.error == become_root.error == "PermissionError: [Errno 1] Operation not permitted"
+
+
 DAEMONS = ("import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        os.setsid()\n"
            "        if os.fork() == 0:\n            time.sleep(999)\n        os._exit(0)\n")
 RESTLESS = ("import os, time\nif os.fork() == 0:\n    while True:\n        os.setsid()\n"
@@ -209,17 +216,18 @@ LITTER = ("import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.symlink('/e
           "print(os.getcwd())")
 
 
+@pytest.mark.parametrize("isolation", ["best", "basic"])
 @pytest.mark.parametrize("code", [DAEMONS + "print(1)", RESTLESS, LITTER])
-def test_nothing_of_a_snippet_stays_behind(code, tmp_path, monkeypatch):
+def test_nothing_of_a_snippet_stays_behind(code, isolation, tmp_path, monkeypatch):
     """Daemons, processes that never stop forking and exiting, zombies, directories (read-only ones too)."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     async def run() -> None:
-        async with LocalSandbox(**SMALL) as sandbox:
+        async with LocalSandbox(**SMALL, isolation=isolation) as sandbox:
+            before = processes_naming(tmp_path)
             assert (await sandbox.run(code)).passed
-            assert children(sandbox.pid) == [] and processes_naming(tmp_path) == [str(sandbox.pid)]
-            [directory] = tmp_path.iterdir()
-            assert not any(list(worker.iterdir()) for worker in directory.iterdir())
+            assert descendants(sandbox.pid) == [] and processes_naming(tmp_path) == before
+            assert not any(path.is_file() or path.is_symlink() for path in tmp_path.rglob("*"))
 
     asyncio.run(run())
     assert processes_naming(tmp_path) == [] and list(tmp_path.iterdir()) == []
@@ -231,7 +239,7 @@ def test_closing_the_sandbox_ends_what_runs(tmp_path, monkeypatch):
     async def run() -> None:
         async with LocalSandbox(**SMALL) as sandbox:
             running = asyncio.create_task(sandbox.run(DAEMONS + "time.sleep(99)"))
-            while len(children(sandbox.pid)) < 4:
+            while len(processes_naming(tmp_path)) < 1 + 4:
                 await asyncio.sleep(0.01)
             running.cancel()
 
@@ -266,7 +274,7 @@ def test_only_what_the_policy_caused_is_judged_and_an_infrastructure_failure_is_
             first = sandbox.pid
             codes = [f"{DAEMONS}time.sleep(1)\nprint({n})" for n in range(6)]
             running = [asyncio.create_task(sandbox.run(code)) for code in codes]
-            while len(children(first)) < 8:
+            while len(processes_naming(tmp_path)) < 1 + 8:
                 await asyncio.sleep(0.01)
             os.kill(first, signal.SIGKILL)
             return list(await asyncio.gather(*running)), first, sandbox.pid
@@ -303,7 +311,7 @@ def test_the_parent_and_its_snippets_end_when_the_trainer_is_killed(tmp_path):
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parent.parent, env={**os.environ, "TMPDIR": str(tmp_path)})
     parent = int(trainer.stdout.readline())
-    while len(children(parent)) < 4:
+    while len(processes_naming(tmp_path)) < 2 + 4:
         time.sleep(0.01)
     trainer.kill()
     trainer.communicate()

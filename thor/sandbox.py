@@ -7,6 +7,7 @@ seeded alike for each snippet (the time, object addresses and the system's rando
 """
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from thor.sandbox_child import Limits, remove
+from thor.sandbox_child import TIERS, Limits, remove
 from thor.trajectory import Execution
 
 START_SECONDS = 120  # for the parent's imports on a slow, busy machine
@@ -34,20 +35,27 @@ class LocalSandbox:
     """Runs snippets on this machine, `num_workers` at a time; use as `async with LocalSandbox() as sandbox`.
 
     `cpu_seconds` (rounded up to whole seconds), `memory_mb` (beyond the warm parent's own) and `output_bytes` of stdout
-    decide outcomes; `wall_seconds` is the backstop for code that sleeps. Opening raises ValueError if it cannot start.
+    decide outcomes; `wall_seconds` is the backstop for code that sleeps. `isolation` is "best" (the strongest that the
+    kernel allows), "strict" (all of it or a ValueError) or "basic" (no namespaces); what it came to is said on stderr,
+    and is in `tier`, with what it lacks in `missing`. Opening raises ValueError if the sandbox cannot start.
     """
 
     def __init__(self, num_workers: int = 8, wall_seconds: float = 60.0, cpu_seconds: float = 10.0,
-                 memory_mb: int = 1024, output_bytes: int = 65536):
+                 memory_mb: int = 1024, output_bytes: int = 65536, isolation: str = "best"):
         self.limits = Limits(num_workers, wall_seconds, cpu_seconds, memory_mb, output_bytes)
         for name, value in asdict(self.limits).items():
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
+        if isolation not in TIERS:
+            raise ValueError(f"the sandbox's isolation is {isolation!r}; it must be one of {', '.join(TIERS)}")
+        self.isolation, self.tier, self.missing = isolation, "", ""
         self._parent: _Parent | None = None
         self._restarting = asyncio.Lock()
 
     async def __aenter__(self) -> "LocalSandbox":
-        self._parent = await _start(self.limits)
+        self._parent = await _start(self.limits, self.isolation)
+        self.tier, self.missing = self._parent.tier, self._parent.missing
+        announce(self.tier, self.missing)
         first = await self.run("print(1)")
         if not first.passed:
             await self.__aexit__()
@@ -77,7 +85,7 @@ class LocalSandbox:
     def pid(self) -> int:
         """The warm parent's process id."""
         assert self._parent is not None, "the sandbox is not open"
-        return self._parent.process.pid
+        return self._parent.pid
 
     async def _living_parent(self) -> "_Parent":
         """The parent, another one if it has died. ValueError if none can be started."""
@@ -85,7 +93,7 @@ class LocalSandbox:
             assert self._parent is not None, "the sandbox is not open"
             if self._parent.reading.done():
                 await self._parent.close()
-                self._parent = await _start(self.limits)
+                self._parent = await _start(self.limits, self.isolation)
             return self._parent
 
 
@@ -100,19 +108,23 @@ class _Parent:
         self.writer: asyncio.StreamWriter | None = None
         self.reading: asyncio.Task | None = None
         self.waiting: dict[int, asyncio.Future] = {}
-        self.num_requests = 0
+        self.num_requests = self.pid = 0
+        self.tier = self.missing = ""
 
-    async def open(self, limits: Limits) -> None:
+    async def open(self, limits: Limits, isolation: str) -> None:
         """Start the process and wait until it has imported everything. Raises OSError if it does not get there."""
         ours, theirs = socket.socketpair()
         with theirs:
             reader, self.writer = await asyncio.open_connection(sock=ours)
             command = [sys.executable, "-m", "thor.sandbox_server", str(theirs.fileno()), self.directory,
-                       json.dumps(asdict(limits))]
+                       json.dumps(asdict(limits)), isolation]
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], env=ENVIRONMENT, cwd=Path(__file__).parent.parent,
                 start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.complaints)
-        await asyncio.wait_for(_read_frame(reader), START_SECONDS)
+        ready = await asyncio.wait_for(_read_frame(reader), START_SECONDS)
+        self.pid, self.tier, self.missing = ready["pid"], ready["isolation"], ready["missing"]
+        if not ready["needs_directory"]:
+            os.rmdir(self.directory)  # the process has a file system of its own, from where it could not delete it
         self.reading = asyncio.create_task(self._read_answers(reader))
 
     async def request(self, code: str) -> Execution:
@@ -160,12 +172,12 @@ class _Parent:
         return f": {lines[-1]}" if lines else ""
 
 
-async def _start(limits: Limits) -> _Parent:
+async def _start(limits: Limits, isolation: str) -> _Parent:
     """A warm parent that answers. ValueError if there is none to be had."""
     parent = None
     try:
         parent = _Parent()
-        await parent.open(limits)
+        await parent.open(limits, isolation)
         return parent
     except OSError as error:
         reason = parent and parent.complaint() or f": {error or 'no answer'}"
@@ -182,6 +194,14 @@ async def _read_frame(reader: asyncio.StreamReader) -> dict:
         return json.loads(await reader.readexactly(size))
     except asyncio.IncompleteReadError:
         raise ConnectionError("its process ended") from None
+
+
+@functools.lru_cache
+def announce(tier: str, missing: str) -> None:
+    """Say on stderr, once a process, what keeps snippets in, and warn if it is not the strongest there is."""
+    print(f"isolation: {tier}", file=sys.stderr)
+    if missing:
+        print(f"warning: the sandbox is weaker than it could be: {missing}; see docs/sandbox.md", file=sys.stderr)
 
 
 def _kill_leftovers(directory: str) -> None:
@@ -211,10 +231,10 @@ def _names(pid: str, directory: str) -> bool:
     return False
 
 
-def open_sandbox(spec: str, cpu_seconds: float = 10.0) -> LocalSandbox:
-    """The sandbox that `--sandbox local|URL[,URL…]` names. ValueError for what there is not."""
+def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best") -> LocalSandbox:
+    """The sandbox that `--sandbox local|URL[,URL…]` and `--sandbox_require` name. ValueError for what there is not."""
     if spec == "local":
-        return LocalSandbox(cpu_seconds=cpu_seconds)
+        return LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)
     if spec.startswith(("http://", "https://")):
         raise ValueError(f"--sandbox {spec}: the sandbox over HTTP is not built yet; use local")
     raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")

@@ -1,10 +1,10 @@
 """What one snippet gets: a process that has given up all it inherited, and Python as if it had just been started.
 
 Runs in a child of the warm parent (sandbox_server.py). Invariant: nothing of the harness can be reached once the code
-runs: no descriptor but 0, 1 and 2, no handler, no variable. Where the parent is root, a snippet has a uid of its own:
-it cannot signal other processes, and writes nowhere but in its directory and where anyone may (without the capability
-DAC_READ_SEARCH, as in a plain container, it keeps DAC_OVERRIDE and may still write). That guards against accidents; it
-is no isolation against an attacker, who can read files and use the network. `confine` is the place for more.
+runs: no descriptor but 0, 1 and 2, no handler, no variable. Three tiers, strongest first (docs/sandbox.md): namespaces
+(isolation.py); where they are refused and we are root, a uid of its own, so that a snippet cannot signal others and
+writes nowhere but in its directory and where anyone may; else our own uid. Limits, no_new_privs and, where libseccomp
+is installed, the filter of system calls belong to all three.
 """
 
 import atexit
@@ -25,6 +25,8 @@ import types
 from dataclasses import dataclass
 from typing import NoReturn
 
+from thor import isolation
+
 SETUP = 3  # the descriptor on which a child says that it could not be confined
 FILE_BYTES = 64 << 20
 MAX_FILES = 256
@@ -36,11 +38,11 @@ PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, 
 PR_CAP_AMBIENT_RAISE = 2
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 RIGHTS_TO_GIVE_UIDS = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 7  # CAP_CHOWN, CAP_KILL, CAP_SETGID, CAP_SETUID
-CAPABILITY_VERSION_3 = 0x20080522
-SYS_CAPSET = {"x86_64": 126, "aarch64": 91}.get(os.uname().machine)
 FIRST_UID, NUM_UIDS = 61_000, 4_000  # ids that no login uses and that containers map
 
-libc = ctypes.CDLL(None, use_errno=True)
+TIERS = {"best": "the strongest that the kernel allows", "strict": "namespaces and seccomp, or none",
+         "basic": "no namespaces"}
+libc = isolation.libc
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,61 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """What keeps snippets in: chosen once, before anything is imported. `first_uid` None: our own uid."""
+
+    namespaces: bool
+    first_uid: int | None
+    filter: object | None  # of system calls
+    missing: str  # why it is not the strongest; "" if it is
+
+    def __str__(self) -> str:
+        parts = {"user+pid+net+mount+ipc+uts namespaces": self.namespaces, "read-only file system": self.namespaces,
+                 "a uid of its own": self.first_uid is not None, "rlimits": True, "no_new_privs": True,
+                 "seccomp": self.filter is not None}
+        return ", ".join(name for name, there in parts.items() if there)
+
+
+def choose_tier(directory: str, wanted: str) -> Tier:
+    """The strongest tier there is (`wanted` is "best"), the strongest or none ("strict"), or one without namespaces.
+
+    Raises ValueError for "strict" where something is missing.
+    """
+    first_uid, reasons = first_own_uid(directory), []
+    if wanted == "basic":
+        reasons.append("namespaces were not asked for")
+    elif refusal := isolation.missing(directory, first_uid):
+        reasons.append(f"no namespaces ({refusal})")
+    namespaces = not reasons
+    calls = isolation.system_call_filter(sockets=namespaces)
+    if calls is None:
+        reasons.append("no seccomp (libseccomp or the package pyseccomp is missing)")
+    if wanted == "strict" and reasons:
+        raise ValueError(f"the strict sandbox is not to be had here: {', '.join(reasons)}")
+    return Tier(namespaces, first_uid, calls, ", ".join(reasons))
+
+
+@dataclass(frozen=True)
 class Confinement:
-    """What a child gives up: worked out once, so that a fork has little to do. `first_uid` None: our own uid."""
+    """What a child gives up: worked out once, so that a fork has little to do."""
 
     parent: int
     null: int  # a descriptor of /dev/null
     num_fds: int
     rlimits: list[tuple[int, tuple[int, int]]]
-    first_uid: int | None
+    tier: Tier
+
+    def uid(self, worker: int) -> int | None:
+        """Each worker's own, where there are any to give."""
+        first = self.tier.first_uid
+        return None if first is None else FIRST_UID + (first - FIRST_UID + worker) % NUM_UIDS
 
 
-def plan_confinement(directory: str, limits: Limits) -> Confinement:
-    """Limits no higher than those we run under ourselves, and uids for the snippets if we may give them."""
+def plan_confinement(tier: Tier, limits: Limits) -> Confinement:
+    """Limits no higher than those we run under ourselves."""
     cpu, memory = math.ceil(limits.cpu_seconds), _virtual_memory() + (limits.memory_mb << 20)
-    first_uid = first_own_uid(directory)
-    processes = MAX_PROCESSES if first_uid is not None else _tasks_of_user() + SHARED_PROCESSES
+    counted_alone = tier.namespaces or tier.first_uid is not None
+    processes = MAX_PROCESSES if counted_alone else _tasks_of_user() + SHARED_PROCESSES
     wanted = [(resource.RLIMIT_CPU, cpu, cpu + 1), (resource.RLIMIT_AS, memory, memory),
               (resource.RLIMIT_NPROC, processes, processes), (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
               (resource.RLIMIT_NOFILE, MAX_FILES, MAX_FILES), (resource.RLIMIT_CORE, 0, 0)]
@@ -80,7 +122,7 @@ def plan_confinement(directory: str, limits: Limits) -> Confinement:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
         rlimits.append((kind, (soft, hard)))
     null = os.open(os.devnull, os.O_RDONLY)
-    return Confinement(os.getpid(), null, os.sysconf("SC_OPEN_MAX"), rlimits, first_uid)
+    return Confinement(os.getpid(), null, os.sysconf("SC_OPEN_MAX"), rlimits, tier)
 
 
 def first_own_uid(directory: str) -> int | None:
@@ -90,7 +132,7 @@ def first_own_uid(directory: str) -> int | None:
     """
     with open("/proc/self/status") as file:
         rights = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    if os.geteuid() != 0 or rights & RIGHTS_TO_GIVE_UIDS != RIGHTS_TO_GIVE_UIDS or SYS_CAPSET is None:
+    if os.geteuid() != 0 or rights & RIGHTS_TO_GIVE_UIDS != RIGHTS_TO_GIVE_UIDS:
         return None
     try:
         for uid in (FIRST_UID, FIRST_UID + NUM_UIDS, 0):  # a user namespace may not have them
@@ -100,55 +142,73 @@ def first_own_uid(directory: str) -> int | None:
     return FIRST_UID + os.getpid() * 64 % NUM_UIDS
 
 
-def run_child(code: str, directory: str, pipes: list[int], worker: int, confinement: Confinement) -> NoReturn:
-    """In the forked child: confine it, then run the code. `pipes`: for stdout, stderr and what goes wrong here."""
+@dataclass(frozen=True)
+class Newborn:
+    """What a forked child knows: its code, its place, and its pipes for stdout, stderr and what goes wrong here."""
+
+    code: str
+    directory: str
+    worker: int
+    pipes: list[int]
+    confinement: Confinement
+
+
+def run_child(child: Newborn) -> NoReturn:
+    """In the forked child: confine it, then run the code."""
     status = 1
     try:
-        for target, source in enumerate((confinement.null, *pipes)):
+        for target, source in enumerate((child.confinement.null, *child.pipes)):
             os.dup2(source, target)
-        os.closerange(SETUP + 1, confinement.num_fds)
+        os.closerange(SETUP + 1, child.confinement.num_fds)
         try:
-            confine(directory, worker, confinement)
+            confine(child.directory, child.confinement.uid(child.worker), child.confinement)
         except (OSError, ValueError, MemoryError) as error:
             os.write(SETUP, repr(error).encode())
         else:
-            status = run_code(code)
+            status = run_code(child.code)
     finally:
         os._exit(status)
 
 
-def confine(directory: str, worker: int, confinement: Confinement) -> None:
+def confine(directory: str, uid: int | None, confinement: Confinement) -> None:
     """The one place where a child gives up what it inherited: session, rights, limits, environment, streams."""
     os.setsid()
-    if confinement.first_uid is not None:
-        take_uid(FIRST_UID + (confinement.first_uid - FIRST_UID + worker) % NUM_UIDS, directory)
+    if uid is not None:
+        for stream in (1, 2):
+            os.chown(stream, uid, uid)  # or it could not open /dev/stdout
+    if confinement.tier.namespaces:
+        isolation.isolate(uid)
+    elif uid is not None:
+        take_uid(uid, directory)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid, a change of which resets it
-    if os.getppid() != confinement.parent:
-        os._exit(1)
+    if not confinement.tier.namespaces and os.getppid() != confinement.parent:
+        os._exit(1)  # in a namespace its first process sees to that
     for kind, limit in confinement.rlimits:
         resource.setrlimit(kind, limit)
     os.chdir(directory)
     os.environ.update(HOME=directory, TMPDIR=directory)
     tempfile.tempdir = None
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace", closefd=False)
+    if confinement.tier.namespaces:
+        isolation.give_up_capabilities()
+    if confinement.tier.filter is not None:
+        confinement.tier.filter.load()
     os.close(SETUP)
 
 
 def take_uid(uid: int, directory: str) -> None:
     """From root to an ordinary user with a directory, who may read what root may (Python can lie in root's home)."""
-    for place in (directory, 1, 2):
-        os.chown(place, uid, uid)
+    os.chown(directory, uid, uid)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     prctl(PR_SET_KEEPCAPS, 1)
     os.setresuid(uid, uid, uid)
-    header = struct.pack("Ii", CAPABILITY_VERSION_3, 0)
+    header = struct.pack("Ii", isolation.CAPABILITY_VERSION_3, 0)
     for kept in (1 << CAP_DAC_READ_SEARCH, 1 << CAP_DAC_OVERRIDE, 0):  # the first that we have ourselves
-        if libc.syscall(SYS_CAPSET, header, struct.pack("6I", kept, kept, kept, 0, 0, 0)) == 0:
+        if libc.capset(header, struct.pack("6I", kept, kept, kept, 0, 0, 0)) == 0:
             break
     for right in (CAP_DAC_READ_SEARCH, CAP_DAC_OVERRIDE):
         libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, right, 0, 0)  # for the programs that it starts, where kept

@@ -23,8 +23,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from thor.sandbox_child import (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Limits, clear, plan_confinement, prctl,
-                                remove, run_child)
+from thor.isolation import HOME, PidNamespaces, become_first_process, enter_view
+from thor.sandbox_child import (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Confinement, Limits, Newborn, Tier,
+                                choose_tier, clear, plan_confinement, prctl, remove, run_child)
 
 READ_BYTES = 1 << 16
 STDERR_TAIL = 8192  # bytes of stderr that are kept: its last line is what a failure shows
@@ -39,6 +40,7 @@ class Snippet:
     worker: int
     pid: int
     pidfd: int
+    init: int | None  # the first process of its PID namespace, where it has one
     stdout: int
     stderr: int
     setup: int  # says why the child could not be confined; nothing once the code runs
@@ -49,22 +51,42 @@ class Snippet:
     killed_for: str = ""
 
 
-def main(control_fd: int, directory: str, limits: Limits) -> None:
-    """Serve until the trainer hangs up or is gone."""
+def main(control_fd: int, directory: str, limits: Limits, isolation: str = "basic") -> None:
+    """Serve until the trainer hangs up or is gone. In the children that are forked on the way: run one snippet."""
     forget_ourselves()
+    try:
+        tier = choose_tier(directory, isolation)
+    except ValueError as error:
+        sys.exit(str(error))
+    if tier.namespaces:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        enter_view(directory)
+        become_first_process()
     warm_up()
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    child = serve(control_fd, directory, limits, plan_confinement(tier, limits))
+    if child is not None:
+        run_child(child)
+
+
+def serve(control_fd: int, directory: str, limits: Limits, confinement: Confinement) -> Newborn | None:
+    """The parent's life. Returns twice, like fork: in each child, with nothing of the parent's within its reach."""
+    os.set_inheritable(control_fd, False)
     control = socket.socket(fileno=control_fd)
-    # The trainer's death is heard from the socket, or by this signal where a fork of the trainer keeps it open.
-    signal.signal(signal.SIGTERM, lambda *_: control.shutdown(socket.SHUT_RDWR))
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not confinement.tier.namespaces:
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
+        # The trainer's death is heard from the socket, or by this signal where a fork of the trainer keeps it open.
+        signal.signal(signal.SIGTERM, lambda *_: control.shutdown(socket.SHUT_RDWR))
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if the machine runs out of memory, then a snippet dies of it
-    server = Server(control, directory, limits)
+    server = Server(control, directory, limits, confinement)
+    child = None
     try:
-        server.serve()
+        child = server.serve()
     finally:
-        server.shut_down()
+        if child is None and not confinement.tier.namespaces:  # with namespaces the kernel sees to it
+            server.shut_down()
+    return child
 
 
 def forget_ourselves() -> None:
@@ -95,32 +117,36 @@ def warm_up() -> None:
 class Server:
     """One loop over the control socket, the children's pipes and their exits."""
 
-    def __init__(self, control: socket.socket, directory: str, limits: Limits):
-        self.control, self.directory, self.limits = control, directory, limits
-        self.confinement = plan_confinement(directory, limits)
+    def __init__(self, control: socket.socket, directory: str, limits: Limits, confinement: Confinement):
+        self.control, self.directory, self.limits, self.confinement = control, directory, limits, confinement
+        self.namespaces = PidNamespaces() if confinement.tier.namespaces else None
         self.selector = selectors.DefaultSelector()
         self.inbox, self.outbox = bytearray(), bytearray()
         self.queue: deque[dict] = deque()
         self.running: dict[int, Snippet] = {}  # by pid
         self.free_workers = list(range(limits.num_workers))[::-1]
 
-    def serve(self) -> None:
-        """Until the trainer has hung up."""
+    def serve(self) -> Newborn | None:
+        """Until the trainer has hung up; then None. In a forked child: what it is to run."""
         self.control.setblocking(False)
         self.selector.register(self.control, selectors.EVENT_READ, None)
-        self._send({"ready": True})
+        tier = self.confinement.tier
+        pid = int(os.readlink("/proc/self"))  # as the trainer sees it: the file system is still its own there
+        self._send({"ready": True, "pid": pid, "isolation": str(tier), "missing": tier.missing,
+                    "needs_directory": not tier.namespaces})
         while True:
             for key, events in self.selector.select(self._seconds_to_deadline()):
                 if key.fileobj is self.control:
                     if events & selectors.EVENT_WRITE:
                         self._write()
                     if events & selectors.EVENT_READ and not self._read_requests():
-                        return
+                        return None
                 elif key.data.pid in self.running:
                     self._serve_child(key.data, key.fd)
             self._kill_overdue()
             while self.queue and self.free_workers:
-                self._start(self.queue.popleft())
+                if (child := self._start(self.queue.popleft())) is not None:
+                    return child
 
     def shut_down(self) -> None:
         """Leave nothing behind."""
@@ -161,22 +187,38 @@ class Server:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.outbox else 0)
         self.selector.modify(self.control, events, None)
 
-    def _start(self, request: dict) -> None:
+    def _start(self, request: dict) -> Newborn | None:
+        """Fork a child for a request. In the child: what it is to run, and the parent's affairs forgotten."""
         worker = self.free_workers.pop()
-        directory = os.path.join(self.directory, str(worker))
-        os.makedirs(directory, 0o700, exist_ok=True)
+        directory, init = HOME, None
+        if self.namespaces is None:
+            directory = os.path.join(self.directory, str(worker))
+            os.makedirs(directory, 0o700, exist_ok=True)
         pipes = [os.pipe() for _ in range(3)]
+        if self.namespaces is not None:
+            init = self.namespaces.enter()
         pid = os.fork()
         if pid == 0:
-            run_child(request["code"], directory, [ours for _, ours in pipes], worker, self.confinement)
+            self._forget()
+            return Newborn(request["code"], directory, worker, [ours for _, ours in pipes], self.confinement)
+        if self.namespaces is not None:
+            self.namespaces.leave()
         for theirs, ours in pipes:
             os.close(ours)
             os.set_blocking(theirs, False)
         fds = [theirs for theirs, _ in pipes]
-        snippet = Snippet(request["id"], worker, pid, os.pidfd_open(pid), *fds, directory, time.monotonic())
+        snippet = Snippet(request["id"], worker, pid, os.pidfd_open(pid), init, *fds, directory, time.monotonic())
         self.running[pid] = snippet
         for fd in (snippet.stdout, snippet.stderr, snippet.pidfd):
             self.selector.register(fd, selectors.EVENT_READ, snippet)
+        return None
+
+    def _forget(self) -> None:
+        """In a child: drop what other snippets printed and what they are to run, and all that leads to it."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.selector.close()
+        for memory in (self.running, self.queue, self.inbox, self.outbox):
+            memory.clear()
 
     def _serve_child(self, snippet: Snippet, fd: int) -> None:
         if fd == snippet.pidfd:
@@ -225,9 +267,10 @@ class Server:
         """The main process has ended: kill whom it left, take what is still in the pipes, send the result."""
         seconds = time.monotonic() - snippet.started
         self._kill(snippet, "ended")
-        status, usage = os.wait4(snippet.pid, 0)[1:]
+        status, usage = self._reap(snippet)
         del self.running[snippet.pid]
-        self._kill_orphans()
+        if snippet.init is None:
+            self._kill_orphans()
         for fd in (snippet.stdout, snippet.stderr):
             while self._read_pipe(snippet, fd):
                 pass
@@ -236,10 +279,19 @@ class Server:
             if fd in self.selector.get_map():
                 self.selector.unregister(fd)
             os.close(fd)
-        clear(snippet.directory)
+        if snippet.init is None:
+            clear(snippet.directory)
         self.free_workers.append(snippet.worker)
         stdout = snippet.printed.decode("utf-8", "replace")
         self._send({"id": snippet.id, "outcome": outcome, "stdout": stdout, "error": error, "seconds": seconds})
+
+    def _reap(self, snippet: Snippet) -> tuple[int, resource.struct_rusage]:
+        """How its main process ended and what it used; with a namespace of its own, all it left has ended too."""
+        status, usage = os.wait4(snippet.pid, 0)[1:]
+        if snippet.init is not None:
+            os.kill(snippet.init, signal.SIGKILL)
+            os.waitpid(snippet.init, 0)  # which returns when everyone in the namespace is gone
+        return status, usage
 
     def _kill_orphans(self) -> None:
         """Kill and reap whoever was re-parented to us: children that are no running snippet's main process.
@@ -291,4 +343,4 @@ def judge_signal(number: int, usage: resource.struct_rusage, limits: Limits) -> 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])))
+    main(int(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), *sys.argv[4:])
