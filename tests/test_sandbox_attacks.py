@@ -134,6 +134,8 @@ ISOLATED = {
     "abstract socket": (probe("socket.socket(socket.AF_UNIX).connect('\\0thor-TRAINER')"), ("error",), ""),
     "leave something": ("import os\nprint(os.listdir('.'))\nopen('left', 'w').write('x')", ("ok",), "[]\n"),
     "find what another left": ("import os\nprint(os.listdir('.'))\nopen('left', 'w').write('y')", ("ok",), "[]\n"),
+    "rights": ("print([line.split()[1] for line in open('/proc/self/status') if line[:6] in ('CapEff', 'CapPrm')])",
+               ("ok",), f"{['0' * 16] * 2}\n"),
     "kernel settings": (probe("open('/proc/sys/kernel/core_pattern', 'w')"), ("error",), ""),
     "out of memory score": (probe("os.write(os.open('/proc/self/oom_score_adj', 1), b'-999')"), ("error",), ""),
     "its name in the namespace": (probe("os.write(os.open('/proc/self/uid_map', 1), b'0 0 1')"), ("error",), ""),
