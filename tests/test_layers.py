@@ -21,7 +21,8 @@ LAYERS = {
     "sandbox_server": {"isolation", "sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
-    "sandbox": {"sandbox_child", "trajectory"},  # for Limits and Execution
+    "sandbox_http": {"trajectory"},
+    "sandbox": {"sandbox_child", "sandbox_http", "trajectory"},  # for Limits and Execution
     "template": {"trajectory"},
     "reward": {"trajectory"},
     "filters": {"reward", "trajectory"},  # which box counts is the reward's to say

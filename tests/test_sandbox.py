@@ -346,11 +346,6 @@ def test_limits_must_be_positive(name):
         LocalSandbox(**{name: 0})
 
 
-def test_a_sandbox_url_is_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="http://127.0.0.1:8080: the sandbox over HTTP is not built yet"):
-        open_sandbox("http://127.0.0.1:8080")
-
-
 def test_a_sandbox_is_local_or_a_url():
     assert isinstance(open_sandbox("local"), LocalSandbox)
     with pytest.raises(ValueError, match="somewhere: it must be local or"):

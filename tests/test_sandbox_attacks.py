@@ -123,6 +123,8 @@ ISOLATED = {
         "    except OSError: pass\n    for f in (top + '/' + f for f in files if not top.startswith('/dev')):\n"
         "        if os.access(f, os.W_OK) and not os.path.islink(f): print('could write', f)\nprint('done')",
         ("ok",), "done\n"),
+    "write beside its directory": ("try:\n    open('/x', 'w')\nexcept OSError as e:\n    print(e.strerror)",
+                                   ("ok",), "Read-only file system\n"),
     "fill the disk": ("n = 0\ntry:\n    while True:\n        n += open(str(n), 'wb').write(bytes(1 << 20))\n"
                       "except OSError as e:\n    print(e.strerror, n <= 64 << 20)", ("ok",), FULL),
     "thousands of files": ("n = 0\ntry:\n    while True:\n        open(str(n), 'w').close()\n        n += 1\n"

@@ -20,12 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from thor.sandbox_child import TIERS, Limits, remove
+from thor.sandbox_http import RemoteSandbox
 from thor.trajectory import Execution
 
 START_SECONDS = 120  # for the parent's imports on a slow, busy machine
 STOP_SECONDS = 10
 MAX_TRIES = 3  # of a snippet whose parent died under it
 RETRY_SECONDS = 0.5
+WALL_PER_CPU = 2  # a service over HTTP is told wall-clock time; its machines are busy, too
 
 ENVIRONMENT = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -231,10 +233,11 @@ def _names(pid: str, directory: str) -> bool:
     return False
 
 
-def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best") -> LocalSandbox:
+def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best") -> LocalSandbox | RemoteSandbox:
     """The sandbox that `--sandbox local|URL[,URL…]` and `--sandbox_require` name. ValueError for what there is not."""
     if spec == "local":
         return LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)
-    if spec.startswith(("http://", "https://")):
-        raise ValueError(f"--sandbox {spec}: the sandbox over HTTP is not built yet; use local")
+    urls = spec.split(",")
+    if all(url.startswith(("http://", "https://")) for url in urls):
+        return RemoteSandbox(urls, run_seconds=WALL_PER_CPU * cpu_seconds)
     raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
