@@ -39,7 +39,8 @@ MAX_AUTO_SLOTS = 64
 MAX_LOST, MAX_LOST_SHARE = 8, 0.05
 
 # What may differ between the two halves of an interrupted run without changing a trajectory.
-NOT_SETTINGS = ("question", "problems", "out", "samples", "sandbox", "sandbox_require", "slots", "kv_gb", "threads")
+NOT_SETTINGS = ("question", "problems", "out", "samples", "sandbox", "sandbox_require", "sandbox_log",
+                "sandbox_log_mode", "slots", "kv_gb", "threads")
 
 COLOURS = {ACT: "\033[36m", OBSERVE: "\033[33m", "dropped": "\033[31m", "end": "\033[0m"}
 
@@ -67,7 +68,9 @@ class GenerateOptions:
     suffix_tokens: int = option(100, "tokens of reasoning that a retry samples again, L_suf")
     max_thinking_tokens: int = option(0, "thinking budget, after which </think> is written for the model; 0 is off")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
-    sandbox_require: str = option("best", "isolation of what runs here: best (there is), strict (all or an error) or basic")
+    sandbox_require: str = option("best", "isolation of code run here: best (there is), strict (all or none) or basic")
+    sandbox_log: str | None = option(None, "file that executions are appended to, or answered from (docs/sandbox.md)")
+    sandbox_log_mode: str = option("record", "record, replay (run nothing) or cache (run what is deterministic once)")
     cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
     dtype: str = option("float32", "float32 or bfloat16")
@@ -182,7 +185,8 @@ async def grade(trajectory: Trajectory) -> bool:
 async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]],
               done: Callable[[Trajectory], Awaitable[None]]) -> None:
     """Solve `jobs`, (problem, sample numbers) each; `done` gets every trajectory as it ends."""
-    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require)
+    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
+                                  options.sandbox_log_mode)
     engine, in_flight = build_engine(options, template, jobs)
     async with closed_sandbox as sandbox:
         tools, gate = Tools(engine, sandbox, template), asyncio.Semaphore(in_flight)

@@ -41,7 +41,8 @@ MAX_LOST_IN_A_ROW = 32  # tries lost to servers or to the sandbox, after which g
 NOT_SETTINGS = (
     "problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard",
     "merge", "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox",
-    "sandbox_require", "slots", "threads", "timeout", "max_retries", "backoff", "key_variable")
+    "sandbox_require", "sandbox_log", "sandbox_log_mode", "slots", "threads", "timeout", "max_retries", "backoff",
+    "key_variable")
 
 
 @dataclass
@@ -88,7 +89,9 @@ class TirgenOptions:
     filter_only: bool = option(False, "filter the tries that --out holds and make no others")
     seed: int = option(0, "run seed; with the problem's id and the number of the try it decides all noise")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
-    sandbox_require: str = option("best", "isolation of what runs here: best (there is), strict (all or an error) or basic")
+    sandbox_require: str = option("best", "isolation of code run here: best (there is), strict (all or none) or basic")
+    sandbox_log: str | None = option(None, "file that executions are appended to, or answered from (docs/sandbox.md)")
+    sandbox_log_mode: str = option("record", "record, replay (run nothing) or cache (run what is deterministic once)")
     cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda, for directories")
     dtype: str = option("float32", "float32 or bfloat16, for directories")
@@ -290,7 +293,8 @@ async def open_tools(options: TirgenOptions, problems: list[Problem], stack: Asy
     tokenizer = options.actor_tokenizer or options.actor
     template = load_template(tokenizer, options.style, instruction, options.system, options.thinking)
     scripted = scripted_critic(options.critic)
-    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require)
+    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
+                                  options.sandbox_log_mode)
     sandbox = await stack.enter_async_context(closed_sandbox)
     actor = None
     if texts is None or options.difficulty_samples:

@@ -94,7 +94,9 @@ class TrainOptions:
     slots: int = option(64, "sequences in the sampler's memory at once")
     pack_tokens: int = option(16384, "tokens of one forward pass in training")
     sandbox: str = option("local", "local, or URLs of a sandbox service, separated by commas")
-    sandbox_require: str = option("best", "isolation of what runs here: best (there is), strict (all or an error) or basic")
+    sandbox_require: str = option("best", "isolation of code run here: best (there is), strict (all or none) or basic")
+    sandbox_log: str | None = option(None, "file that executions are appended to, or answered from (docs/sandbox.md)")
+    sandbox_log_mode: str = option("record", "record, replay (run nothing) or cache (run what is deterministic once)")
     cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
@@ -188,7 +190,8 @@ def check_trained(run: Run, out: Path) -> None:
 async def one_round(run: Run, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
     """One round of method, section 4: its metrics, and its times."""
     options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
-    async with open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require) as sandbox:
+    async with open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
+                            options.sandbox_log_mode) as sandbox:
         tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
         drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
         branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2
@@ -427,7 +430,8 @@ def read_state(saved: dict) -> State:
 
 
 # What may differ between a run and its continuation, because no number in metrics.jsonl depends on it.
-RESUMABLE = ("out", "rounds", "save_every", "keep", "slots", "sandbox", "sandbox_require")
+RESUMABLE = ("out", "rounds", "save_every", "keep", "slots", "sandbox", "sandbox_require", "sandbox_log",
+             "sandbox_log_mode")
 
 
 def read_graded(path: str | None) -> list[Problem]:

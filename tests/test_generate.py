@@ -160,7 +160,7 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
     (["--model", "TINY", "--question", "x", "--temperature", "-1"], "temperature is -1"),
     (["--model", "TINY", "--question", "x", "--dtype", "int3"], "dtype is 'int3'"),
     (["--model", "TINY", "--question", "x", "--style", "poem"], "style is 'poem'"),
-    (["--model", "TINY", "--question", "x", "--sandbox", "http://127.0.0.1:9"], "sandbox"),
+    (["--model", "TINY", "--question", "x", "--sandbox", "nowhere"], "sandbox"),
     (["--model", "TINY", "--problems", "none.jsonl", "--out", "o"], "does not exist"),
     (["--model", "TINY", "--problems", "PROBLEMS", "--out", "/proc/no/such.jsonl"], "cannot be written"),
     (["--nonsense", "1"], "nonsense"),

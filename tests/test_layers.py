@@ -22,7 +22,8 @@ LAYERS = {
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
     "sandbox_http": {"trajectory"},
-    "sandbox": {"sandbox_child", "sandbox_http", "trajectory"},  # for Limits and Execution
+    "sandbox_log": {"trajectory"},
+    "sandbox": {"sandbox_child", "sandbox_http", "sandbox_log", "trajectory"},  # for Limits and Execution
     "template": {"trajectory"},
     "reward": {"trajectory"},
     "filters": {"reward", "trajectory"},  # which box counts is the reward's to say

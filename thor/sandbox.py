@@ -21,6 +21,7 @@ from pathlib import Path
 
 from thor.sandbox_child import TIERS, Limits, remove
 from thor.sandbox_http import RemoteSandbox
+from thor.sandbox_log import LoggedSandbox
 from thor.trajectory import Execution
 
 START_SECONDS = 120  # for the parent's imports on a slow, busy machine
@@ -233,11 +234,17 @@ def _names(pid: str, directory: str) -> bool:
     return False
 
 
-def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best") -> LocalSandbox | RemoteSandbox:
-    """The sandbox that `--sandbox local|URL[,URL…]` and `--sandbox_require` name. ValueError for what there is not."""
-    if spec == "local":
-        return LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)
+def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best", log: str | None = None,
+                 log_mode: str = "record") -> LocalSandbox | RemoteSandbox | LoggedSandbox:
+    """The sandbox that the flags `--sandbox`, `--cpu_seconds` and `--sandbox_…` name. ValueError for what there is not."""
     urls = spec.split(",")
-    if all(url.startswith(("http://", "https://")) for url in urls):
-        return RemoteSandbox(urls, run_seconds=WALL_PER_CPU * cpu_seconds)
-    raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
+    if spec == "local":
+        sandbox = LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)
+        limits = asdict(sandbox.limits)
+        del limits["num_workers"]  # decides nothing
+    elif all(url.startswith(("http://", "https://")) for url in urls):
+        sandbox = RemoteSandbox(urls, run_seconds=WALL_PER_CPU * cpu_seconds)
+        limits = sandbox.limits
+    else:
+        raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
+    return sandbox if log is None else LoggedSandbox(sandbox, log, log_mode, limits)

@@ -42,6 +42,7 @@ class RemoteSandbox:
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
         self.urls, self.run_seconds, self.memory_mb, self.output_bytes = urls, run_seconds, memory_mb, output_bytes
+        self.limits = {"run_seconds": run_seconds, "memory_mb": memory_mb, "output_bytes": output_bytes}
         self.wait_seconds, self.pause_seconds = wait_seconds, pause_seconds
         self._turn, self._sessions = itertools.cycle(urls), threading.local()
         self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="sandbox")
