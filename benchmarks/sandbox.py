@@ -36,13 +36,15 @@ HOSTILE = [  # code, outcomes it may have: what costs little CPU time, for the o
     ("import os, signal\nfor _ in range(10):\n    if os.fork() == 0: signal.pause()\nprint(1)", "ok"),
     ("import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(999)\n"
      "print(1)", "ok"),
-    ("print('x' * 3_000_000)", "output-limit"), ("x = bytearray(8 << 30)", "memory"), ("import os\nos.abort()", "error"),
-    ("import os\nprint(1)\nos.close(1)", "ok"), ("import os\nos._exit(0)", "silent"),
-    ("open('f', 'wb').truncate(1 << 40)", "error"),
+    ("print('x' * 3_000_000)", "output-limit"), ("x = bytearray(8 << 30)", "memory"),
+    ("import os\nos.abort()", "error"), ("import os\nprint(1)\nos.close(1)", "ok"),
+    ("import os\nos._exit(0)", "silent"), ("open('f', 'wb').truncate(1 << 40)", "error"),
     ("for n in range(500): open(str(n), 'w').write('x' * 5000)\nprint(1)", "ok"),
-    ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "error"), ("raise ValueError('x' * 5_000_000)", "error"),
+    ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "error"),
+    ("raise ValueError('x' * 5_000_000)", "error"),
     ("import subprocess\nsubprocess.Popen(['sleep', '999'], start_new_session=True)\nprint(1)", "ok"),
-    ("import os, signal\nfor p in range(1, 99):\n    try: os.kill(p, signal.SIGKILL)\n    except OSError: pass", "error"),
+    ("import os, signal\nfor p in range(1, 99):\n    try: os.kill(p, signal.SIGKILL)\n    except OSError: pass",
+     "error"),
 ]
 PARTS = 10  # of a soak, each with a line of its own
 
@@ -99,7 +101,7 @@ async def soak(options: Options) -> None:
     """Many executions in one process, the parent killed once; a line for each part. Every result is checked."""
     async with LocalSandbox(num_workers=8, wall_seconds=30, cpu_seconds=5, memory_mb=256,
                             isolation=options.sandbox_require) as sandbox:
-        print("part  executions/s  CPU ms each  memory here, MB  memory of the parent, MB  descriptors here, of the parent")
+        print("part  executions/s  CPU ms each  memory here, MB  memory of the parent, MB  descriptors here, of it")
         for part in range(PARTS):
             numbers = iter(range(part * options.soak // PARTS, (part + 1) * options.soak // PARTS))
             count, started, before = len(range(options.soak // PARTS)), time.perf_counter(), busy_seconds(sandbox)

@@ -91,8 +91,9 @@ def test_an_outcome_that_depends_on_the_machine_is_never_cached(outcome, tmp_pat
 
 @pytest.mark.parametrize(("code", "steady"), [
     ("import sympy, random\nprint(sympy.factor(4), random.random())", True), ("print(", True), ("x = 1 / 0", True),
-    ("import time", False), ("import os.path", False), ("from datetime import date", False), ("def f():\n    import uuid", False),
-    ("print(object())", False), ("print(id(1))", False), ("exec('import time')", False), ("print(open('/proc/stat'))", False),
+    ("import time", False), ("import os.path", False), ("from datetime import date", False),
+    ("def f():\n    import uuid", False), ("print(object())", False), ("print(id(1))", False),
+    ("exec('import time')", False), ("print(open('/proc/stat'))", False),
 ])
 def test_code_is_steady_unless_it_can_see_the_time_the_machine_or_addresses(code, steady):
     assert is_steady(code, Execution("ok", "", "", 0.0)) == steady

@@ -236,7 +236,7 @@ def _names(pid: str, directory: str) -> bool:
 
 def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best", log: str | None = None,
                  log_mode: str = "record") -> LocalSandbox | RemoteSandbox | LoggedSandbox:
-    """The sandbox that the flags `--sandbox`, `--cpu_seconds` and `--sandbox_…` name. ValueError for what there is not."""
+    """The sandbox that `--sandbox`, `--cpu_seconds` and `--sandbox_…` name. ValueError for what there is not."""
     urls = spec.split(",")
     if spec == "local":
         sandbox = LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)

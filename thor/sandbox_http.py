@@ -1,4 +1,4 @@
-"""Running code on servers that speak SandboxFusion's contract: the same `await sandbox.run(code) -> Execution` as locally.
+"""Running code on servers that speak SandboxFusion's contract: `await sandbox.run(code) -> Execution`, as locally.
 
 POST /run_code answers with a status of its own and one of the run. Invariant: only what the code did is judged. What
 the service did wrong (an outage, a time-out past the run's own, an answer that is not one, SandboxError, which comes as
@@ -77,8 +77,8 @@ class RemoteSandbox:
                 execution = Execution("infrastructure", "", str(error), 0.0)
             late = time.monotonic() - started > self.wait_seconds
             if late and self._last_answer < started:
-                raise ValueError(f"no sandbox service has answered for {self.wait_seconds:g} s ({execution.error}); when it "
-                                 "is back, the same command continues")
+                raise ValueError(f"no sandbox service has answered for {self.wait_seconds:g} s ({execution.error}); "
+                                 "when it is back, the same command continues")
             if late or wrong == MAX_TRIES:
                 return execution
             await asyncio.sleep(pause)
@@ -91,8 +91,8 @@ class RemoteSandbox:
         """One request, in a thread that keeps its connections. Raises Unreachable."""
         if not hasattr(self._sessions, "session"):
             self._sessions.session = requests.Session()
-        body = {"code": code, "language": "python", "run_timeout": self.run_seconds, "compile_timeout": self.run_seconds,
-                "memory_limit_MB": self.memory_mb, "stdin": "", "files": {}}
+        body = {"code": code, "language": "python", "run_timeout": self.run_seconds,
+                "compile_timeout": self.run_seconds, "memory_limit_MB": self.memory_mb, "stdin": "", "files": {}}
         started = time.monotonic()
         try:
             answer = self._sessions.session.post(f"{url.rstrip('/')}/run_code", json=body,

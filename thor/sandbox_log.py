@@ -1,8 +1,8 @@
-"""A log of executions beside a sandbox: written as they come, or answered from, so that a run can be done again without.
+"""A log of executions beside a sandbox: written as they come, or answered from, to do a run again without running code.
 
-One line of JSON an execution: {"key", "outcome", "stdout", "error", "seconds"}; the key is a hash of the code and of the
-limits it ran under, so an answer is never that of another snippet or of other limits. Invariants: the file is only ever
-appended to, but for half a line that a killed writer left; what is `infrastructure` is not in it.
+One line of JSON an execution: {"key", "outcome", "stdout", "error", "seconds"}; the key is a hash of the code and its
+limits, so an answer is never that of another snippet or of other limits. Invariants: the file is only ever appended to,
+but for half a line that a killed writer left; what is `infrastructure` is not in it.
 """
 
 import ast
@@ -37,7 +37,7 @@ class Sandbox(Protocol):
 class LoggedSandbox:
     """A sandbox with a log at `path`. `limits`: what decides outcomes beside the code, part of the key.
 
-    record: everything is run, and logged. replay: nothing is run, the n-th request for a snippet gets its n-th execution
+    record: everything is run, and logged. replay: nothing is run, the n-th request for a snippet gets its n-th result
     in the log (the last one from then on); one that is not there is a ValueError. cache: as record, but a snippet that
     gives the same result each time, by its imports and names, is run once.
     """
