@@ -17,7 +17,8 @@ LAYERS = {
     "metrics": set(),
     "optimizer": set(),
     "isolation": set(),
-    "sandbox_child": {"isolation"},
+    "landlock": {"isolation"},
+    "sandbox_child": {"isolation", "landlock"},
     "sandbox_server": {"isolation", "sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types

@@ -123,10 +123,11 @@ LIKE_PYTHON = [
 ]
 
 
-@pytest.fixture(scope="module")
-def likenesses() -> dict[str, Execution]:
-    """The snippets of LIKE_PYTHON in the sandbox."""
-    return dict(zip(LIKE_PYTHON, run_all(*LIKE_PYTHON, cpu_seconds=5.0, wall_seconds=20.0), strict=True))
+@pytest.fixture(scope="module", params=["best", "basic"])
+def likenesses(request) -> dict[str, Execution]:
+    """The snippets of LIKE_PYTHON in the sandbox, with namespaces and without."""
+    executions = run_all(*LIKE_PYTHON, cpu_seconds=5.0, wall_seconds=20.0, isolation=request.param)
+    return dict(zip(LIKE_PYTHON, executions, strict=True))
 
 
 @pytest.mark.parametrize("code", LIKE_PYTHON)

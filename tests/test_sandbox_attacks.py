@@ -1,7 +1,7 @@
 """Attacks on the sandbox: each names the outcome it must get, and what must not have happened outside.
 
-All run at once, with honest snippets among them, in the strongest isolation there is and in the weakest. Where a tier
-protects from less, its rows say so; docs/sandbox.md has the same table in words.
+All run at once, with honest snippets among them, in the strongest isolation there is and without namespaces. What
+protects in one only stands apart; docs/sandbox.md has the same table in words.
 """
 
 import asyncio
@@ -110,6 +110,8 @@ ISOLATED = {
         "import os, sys\nseen = set(os.listdir('~HOME')) if os.path.isdir('~HOME') else set()\n"
         "print(seen - {p.removeprefix('~HOME/').split('/')[0] for p in (sys.prefix, sys.base_prefix)})",
         ("ok",), "set()\n"),
+    "read the home directory by name": (probe("open('~HOME/.profile').read()"), ("error",), ""),
+    "list the machine": (probe("print(os.listdir('/proc/TRAINER'), os.listdir('/var'))"), ("error",), ""),
     "read the run's files": (probe("open('RUN/notes').read()"), ("error",), ""),
     "read /etc/passwd": (probe("open('/etc/passwd').read()"), ("error",), ""),
     "signal everyone": ("import os, signal\nfor p in range(1, 70000):\n    if p != os.getpid():\n"
@@ -142,6 +144,10 @@ ISOLATED = {
     "out of memory score": (probe("os.write(os.open('/proc/self/oom_score_adj', 1), b'-999')"), ("error",), ""),
     "its name in the namespace": (probe("os.write(os.open('/proc/self/uid_map', 1), b'0 0 1')"), ("error",), ""),
 }
+# Of these, what Landlock prevents as well, where there are no namespaces.
+LANDLOCKED = ("read the trainer's environment", "read the home directory by name", "read the run's files",
+              "read /etc/passwd", "write wherever it may", "symlink out", "device file", "the disk itself",
+              "hard link to what it may not write", "kernel settings", "list the machine")
 ATTACKS = EVERYWHERE | ISOLATED
 SECCOMP_REFUSES = ("system call", "network", "host of", "netlink", "memory that")
 HONEST = [f"import sympy\nprint(sympy.factorint({n}))" for n in range(360, 372)]
@@ -208,7 +214,7 @@ class Aftermath:
 @pytest.fixture(scope="module", params=["best", "basic"])
 def aftermath(request, world) -> Aftermath:
     """All attacks of a tier, run once."""
-    attacks = ATTACKS if request.param == "best" else EVERYWHERE
+    attacks = ATTACKS if request.param == "best" else EVERYWHERE | {name: ISOLATED[name] for name in LANDLOCKED}
     with tempfile.TemporaryDirectory() as place:
         before, tempfile.tempdir = tempfile.tempdir, place
         try:
@@ -245,8 +251,9 @@ def names(aftermath: Aftermath, attack: str) -> Execution:
     """The execution of an attack, if it belongs to this tier and the tier is to be had here."""
     if attack not in aftermath.executions:
         pytest.skip("namespaces are what protects from it")
-    if attack in ISOLATED and "namespaces" not in aftermath.tier:
-        pytest.skip("this kernel refuses namespaces")
+    if attack in ISOLATED and "namespaces" not in aftermath.tier and not (
+            attack in LANDLOCKED and "landlock" in aftermath.tier):
+        pytest.skip("this kernel does not protect from it")
     if "seccomp" not in aftermath.tier and attack.startswith(SECCOMP_REFUSES):
         pytest.skip("libseccomp is missing")
     return aftermath.executions[attack]

@@ -3,8 +3,8 @@
 Runs in a child of the warm parent (sandbox_server.py). Invariant: nothing of the harness can be reached once the code
 runs: no descriptor but 0, 1 and 2, no handler, no variable. Three tiers, strongest first (docs/sandbox.md): namespaces
 (isolation.py); where they are refused and we are root, a uid of its own, so that a snippet cannot signal others and
-writes nowhere but in its directory and where anyone may; else our own uid. Limits, no_new_privs and, where libseccomp
-is installed, the filter of system calls belong to all three.
+writes nowhere but in its directory and where anyone may; else our own uid; the latter two with Landlock (landlock.py)
+where the kernel has it. Limits, no_new_privs and, where libseccomp is installed, a filter of system calls belong to all.
 """
 
 import atexit
@@ -25,7 +25,7 @@ import types
 from dataclasses import dataclass
 from typing import NoReturn
 
-from thor import isolation
+from thor import isolation, landlock
 
 SETUP = 3  # the descriptor on which a child says that it could not be confined
 FILE_BYTES = 64 << 20
@@ -62,12 +62,13 @@ class Tier:
 
     namespaces: bool
     first_uid: int | None
+    landlock: bool  # where there are no namespaces
     filter: object | None  # of system calls
     missing: str  # why it is not the strongest; "" if it is
 
     def __str__(self) -> str:
         parts = {"user+pid+net+mount+ipc+uts namespaces": self.namespaces, "read-only file system": self.namespaces,
-                 "a uid of its own": self.first_uid is not None, "rlimits": True, "no_new_privs": True,
+                 "a uid of its own": self.first_uid is not None, "landlock": self.landlock, "rlimits": True, "no_new_privs": True,
                  "seccomp": self.filter is not None}
         return ", ".join(name for name, there in parts.items() if there)
 
@@ -88,7 +89,7 @@ def choose_tier(directory: str, wanted: str) -> Tier:
         reasons.append("no seccomp (libseccomp or the package pyseccomp is missing)")
     if wanted == "strict" and reasons:
         raise ValueError(f"the strict sandbox is not to be had here: {', '.join(reasons)}")
-    return Tier(namespaces, first_uid, calls, ", ".join(reasons))
+    return Tier(namespaces, first_uid, not namespaces and landlock.version() >= 1, calls, ", ".join(reasons))
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def confine(directory: str, uid: int | None, confinement: Confinement) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the uid, a change of which resets it
     if not confinement.tier.namespaces and os.getppid() != confinement.parent:
         os._exit(1)  # in a namespace its first process sees to that
+    if confinement.tier.landlock:
+        landlock.restrict(directory)
     for kind, limit in confinement.rlimits:
         resource.setrlimit(kind, limit)
     os.chdir(directory)
