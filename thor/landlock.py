@@ -1,4 +1,4 @@
-"""Which files a snippet may use where namespaces are refused: Landlock, which needs no rights and most containers allow.
+"""Which files a snippet may use where namespaces are refused: Landlock needs no rights, and most containers allow it.
 
 Invariant: once `restrict` returns, this process and all it starts read what `isolation.visible_paths` names and write
 below their own directory (and in /dev/shm, for multiprocessing), whoever they are; they can neither trace nor, from

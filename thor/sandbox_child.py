@@ -2,9 +2,9 @@
 
 Runs in a child of the warm parent (sandbox_server.py). Invariant: nothing of the harness can be reached once the code
 runs: no descriptor but 0, 1 and 2, no handler, no variable. Three tiers, strongest first (docs/sandbox.md): namespaces
-(isolation.py); where they are refused and we are root, a uid of its own, so that a snippet cannot signal others and
-writes nowhere but in its directory and where anyone may; else our own uid; the latter two with Landlock (landlock.py)
-where the kernel has it. Limits, no_new_privs and, where libseccomp is installed, a filter of system calls belong to all.
+(isolation.py); where they are refused, Landlock (landlock.py); else little more than limits. Where we are root, a uid
+of its own, so that a snippet cannot signal others. Limits, no_new_privs and, where libseccomp is installed, a filter of
+system calls belong to all.
 """
 
 import atexit
@@ -68,8 +68,8 @@ class Tier:
 
     def __str__(self) -> str:
         parts = {"user+pid+net+mount+ipc+uts namespaces": self.namespaces, "read-only file system": self.namespaces,
-                 "a uid of its own": self.first_uid is not None, "landlock": self.landlock, "rlimits": True, "no_new_privs": True,
-                 "seccomp": self.filter is not None}
+                 "a uid of its own": self.first_uid is not None, "landlock": self.landlock,
+                 "rlimits": True, "no_new_privs": True, "seccomp": self.filter is not None}
         return ", ".join(name for name, there in parts.items() if there)
 
 
