@@ -99,8 +99,8 @@ async def latencies(sandbox: LocalSandbox, code: str, at_once: int, count: int) 
 
 async def soak(options: Options) -> None:
     """Many executions in one process, the parent killed once; a line for each part. Every result is checked."""
-    async with LocalSandbox(num_workers=8, wall_seconds=30, cpu_seconds=5, memory_mb=256,
-                            isolation=options.sandbox_require) as sandbox:
+    async with LocalSandbox(num_workers=8, wall_seconds=600, cpu_seconds=5, memory_mb=256,
+                            isolation=options.sandbox_require) as sandbox:  # so long: the machine may be busy
         print("part  executions/s  CPU ms each  memory here, MB  memory of the parent, MB  descriptors here, of it")
         for part in range(PARTS):
             numbers = iter(range(part * options.soak // PARTS, (part + 1) * options.soak // PARTS))
