@@ -20,22 +20,23 @@ from tqdm import tqdm
 from generate import grade, warn_if_inexact
 from thor import config
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
-from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint
+from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint, write_aside
 from thor.config import option
 from thor.data import Problem, read_problems
 from thor.engine import Engine
-from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories
+from thor.filters import (Kept, TrajectoryFilters, branch_reason, branch_reward, filter_branches,
+                          filter_trajectories)
 from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
 from thor.metrics import MetricsLog
 from thor.model import Decoder
 from thor.reward import trajectory_reward
 from thor.optimizer import Skips, make_optimizer, take_step
-from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
-from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, solve_group
+from thor.rl_metrics import all_executions, rate, step_metrics, trajectory_metrics
+from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, continue_branch, solve_group
 from thor.sampling import Sampling
 from thor.sandbox import open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
-from thor.trajectory import Trajectory
+from thor.trajectory import Trajectory, to_json
 from thor.weights import load_model
 
 MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
@@ -288,25 +289,55 @@ def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None
                          "model's doing; the same command continues from the last checkpoint")
 
 
-async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float]:
+async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float | None]:
     """Accuracy and pass rate on the evaluation problems, when it is time: one sample each, failures shown, no retry."""
     options = run.options
     if not options.eval_every or number % options.eval_every:
         return {}
-    rollout = replace(options.rollout(0), stop_at_failure=False, seed=options.seed + 1)
-    found, gate = [], asyncio.Semaphore(options.slots)
+    rollout = replace(options.rollout(0), seed=options.seed + 1)
+    found = await solve_once(run, tools, replace(rollout, stop_at_failure=False))
+    found = [trajectory for trajectory in found if trajectory.finish != "infrastructure"]
+    metrics = {"eval/accuracy": rate([trajectory.correct for trajectory in found]), "eval/solved": len(found),
+               "eval/pass_rate": rate([execution.passed for execution in all_executions([found])])}
+    return metrics | (await continue_branches(run, tools, rollout, number) if options.branches else {})
+
+
+async def solve_once(run: Run, tools: Tools, rollout: RolloutOptions,
+                     failures: list[FailedStep] | None = None) -> list[Trajectory]:
+    """One graded sample of each evaluation problem, in order."""
+    found, gate = {}, asyncio.Semaphore(run.options.slots)
 
     async def done(trajectory: Trajectory) -> None:
         trajectory.correct = await grade(trajectory)
-        found.append(trajectory)
+        found[trajectory.id] = trajectory
 
-    await asyncio.gather(*(solve_group(tools, problem, [0], rollout, gate, done) for problem in run.eval_problems))
-    found = [trajectory for trajectory in found if trajectory.finish != "infrastructure"]
-    if not found:
-        return {"eval/accuracy": None, "eval/pass_rate": None, "eval/solved": 0}
-    runs = all_executions([found])
-    return {"eval/accuracy": sum(trajectory.correct for trajectory in found) / len(found), "eval/solved": len(found),
-            "eval/pass_rate": sum(execution.passed for execution in runs) / len(runs) if runs else None}
+    await asyncio.gather(*(solve_group(tools, problem, [0], rollout, gate, done, failures) for problem in run.eval_problems))
+    return [found[problem.id] for problem in run.eval_problems]
+
+
+async def continue_branches(run: Run, tools: Tools, rollout: RolloutOptions, number: int) -> dict[str, float | None]:
+    """Where the step reward leads: one continuation of each branch that passes, from failures on the evaluation problems.
+
+    Code that runs and is of no use earns the step reward and lowers this. The branches are written to branches_N.jsonl,
+    for a person to look at.
+    """
+    options, failures, gate = run.options, [], asyncio.Semaphore(run.options.slots)
+    await solve_once(run, tools, rollout, failures)
+    failures.sort(key=lambda failed: failed.trajectory.id)
+    groups = await asyncio.gather(*(branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate)
+                                    for failed in failures))
+    branches = [branch for group in groups for branch in group if branch_reason(branch) is None]
+    passed = [branch for branch in branches if branch_reward(branch) == 1]
+
+    async def go_on(branch: Trajectory) -> Trajectory:
+        async with gate:
+            continued = await continue_branch(tools, branch, replace(rollout, stop_at_failure=False))
+        continued.correct = await grade(continued)
+        return continued
+
+    continued = [t for t in await asyncio.gather(*map(go_on, passed)) if t.finish != "infrastructure"]
+    write_aside(Path(options.out) / f"branches_{number}.jsonl", "".join(f"{to_json(t)}\n" for t in branches + continued))
+    return {"step/accuracy_if_continued": rate([t.correct for t in continued]), "step/num_continued": len(continued)}
 
 
 def trajectory_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Every stage of the method on a small model trained from scratch, on two CPU cores: a base model, the cold start,
-# trajectory RL, trajectory and step RL from the same start, evaluation with and without self-correction; then the table
-# T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in generate.py:
+# Every stage of the method on a small model trained from scratch, on two CPU cores: a base model, TIRGen with that model
+# as the Actor, the cold start, trajectory RL, trajectory and step RL from the same start, evaluation with and without
+# self-correction; then the table T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in generate.py:
 #     python generate.py --model out/demo/t5/latest --style base --instruction "" --question "What is the least common multiple of 36 and 87?"
 # --quick: a few minutes, small rounds, to see that it works. --hard: variable names that a small model mixes up.
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo NAMES=0.5 ROUNDS=36 HELD_OUT=400 TEXTS=4800 SOLUTIONS=9600 PROBLEMS=32
+SEED=0 NAME=demo NAMES=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32
 while [ $# -gt 0 ]; do
     case $1 in
-        --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 PROBLEMS=8 ;;
-        --hard) NAME=demo-hard NAMES=0.25 ROUNDS=16 ;;
+        --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
+        --hard) NAME=demo-hard NAMES=0.15 ROUNDS=16 ;;
         --seed) SEED=$2; shift ;;
         *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
     esac
@@ -22,11 +22,13 @@ OUT=out/$NAME
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 STYLE=(--style base --instruction "" --threads 1)
 RUN=(--cpu_seconds 1)  # the programs take milliseconds; what loops for ever should not cost ten seconds
-SFT=(--batch 32 --lr 4e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
+SFT=(--epochs 2 --batch 16 --lr 3e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
     --nll_weight 0.1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 128 --save_every 4 --seed "$SEED")
-CODE=(--suffix_tokens 12 --max_branch_tokens 100)
+CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 12)
+TEACH=(--critic "scripted:toy:$NAMES" --actor_instruction "" --temperature 1 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
+       --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
 mkdir -p "$OUT"
 
@@ -48,11 +50,14 @@ BESIDE=
 trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null' EXIT
 
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
-    --num_solutions "$SOLUTIONS" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"
-stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}" --epochs 2
+    --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"
+head -n 64 "$OUT/tune.jsonl" > "$OUT/eval.jsonl"
+stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
 together stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \
     "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
-stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}" --epochs 1
+stage tirgen python tirgen.py --actor "$OUT/t1/latest" --problems "$OUT/tirgen.jsonl" --out "$OUT/tirgen" "${STYLE[@]}" "${RUN[@]}" "${TEACH[@]}"
+stage mix python runs/demo_mix.py "$OUT"
+stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}"
 join
 together stage trajectory-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t4" \
     "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" "${CODE[@]}" --branches 0

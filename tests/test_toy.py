@@ -1,5 +1,6 @@
 """The demo's small world: splits that share no problem, solutions that are right, a tokenizer that only joins."""
 
+import json
 import random
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_the_tokenizer_only_joins_and_knows_its_words(tokenizer, world):
         for text in (problem.question, toy.text_solution(problem), toy.code_solution(problem, rng, 0.5)):
             ids = tokenizer.encode(text, add_special_tokens=False)
             assert tokenizer.decode(ids) == text and len(ids) < 0.6 * len(text)
-    assert tokenizer.tokenize("4096") == ["4", "0", "9", "6"], "digits stand alone"
+    assert tokenizer.tokenize("40967") == ["40", "96", "7"], "digits go in pairs, from the left"
 
 
 def test_only_outputs_are_left_out_of_the_cold_start(tokenizer, world):
@@ -67,6 +68,14 @@ def test_only_outputs_are_left_out_of_the_cold_start(tokenizer, world):
     mask = loss_mask(spans, len(ids))
     untrained = tokenizer.decode([token for token, trained in zip(ids, mask, strict=True) if not trained])
     assert untrained == "".join(f"\n```output\n{result}\n```\n" for result in problem.results)
+
+
+def test_no_text_of_the_base_model_is_a_tool_integrated_solution(tmp_path):
+    toy.main(toy.ToyOptions(out=str(tmp_path), num_texts=80, num_solutions=22, num_problems=22, num_held_out=11))
+    records = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    solved = [record for record in records if "\\boxed" in record["response"]]
+    assert 40 <= len(solved) < 80 and not any("```" in record["response"] for record in solved)
+    assert any("```python" in record["response"] for record in records)
 
 
 def test_a_sentence_gives_its_task_back(world):
@@ -91,4 +100,4 @@ def test_everything_that_the_demo_starts_from_is_written(tmp_path):
     toy.main(toy.ToyOptions(out=str(tmp_path), num_texts=22, num_solutions=22, num_problems=22, num_held_out=11))
     assert load_model(tmp_path / "untrained").config.num_layers == 3
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {
-        "texts.jsonl", "cold_start.jsonl", "train.jsonl", "tune.jsonl", "held-out.jsonl"}
+        "texts.jsonl", "scripted.jsonl", "tirgen.jsonl", "train.jsonl", "tune.jsonl", "held-out.jsonl"}

@@ -18,7 +18,9 @@ import torch
 import train_rl
 from thor import config
 from thor.batch import Sample
+from thor.data import read_lines
 from thor.rl_metrics import catches_everything, only_prints_constants
+from thor.trajectory import from_json
 from train_rl import TrainOptions
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +86,21 @@ def test_surplus_groups_are_carried_to_the_next_round(trained):
     lines = metrics_of(trained)
     assert any(line["trajectory/groups_carried"] for line in lines)
     assert all(line["trajectory/groups_used"] <= 5 for line in lines)
+
+
+def test_each_passing_branch_of_an_evaluation_is_continued_once(trained):
+    """Read back from what a person would look at: branches, then their continuations, whose prompts hold the branches."""
+    lines = read_lines(trained / "branches_5.jsonl")
+    written = [from_json(line) for _, line in lines]
+    branches = [t for t in written if t.finish == "rounds" and t.spans[-1].kind == "act" and len(t.executions) == 1]
+    passed = [t for t in branches if t.executions[0].passed]
+    continued = [t for t in written if t.correct is not None]
+    assert passed and len(written) == len(branches) + len(continued) and len(continued) == len(passed)
+    for branch, after in zip(passed, continued, strict=True):
+        assert after.prompt_ids[:len(branch.prompt_ids + branch.response_ids)] == branch.prompt_ids + branch.response_ids
+    last = metrics_of(trained)[-1]
+    assert last["step/num_continued"] == len(continued)
+    assert last["step/accuracy_if_continued"] == sum(t.correct for t in continued) / len(continued)
 
 
 def test_the_checkpoint_is_a_model_like_any_other(trained, problems):

@@ -213,6 +213,18 @@ async def _branch(tools: Tools, failed: FailedStep, number: int, sequence: Seque
     return _finished(draft, "rounds" if tried.stopped == "stop" else tried.stopped)
 
 
+async def continue_branch(tools: Tools, branch: Trajectory, options: RolloutOptions) -> Trajectory:
+    """Where a branch whose code ran leads: one continuation after its observation, whose prompt is all that stands before."""
+    step = code_steps(branch)[-1]
+    observation = tools.template.observation_ids(branch.response_ids[step.act_start:], step.execution)
+    key = noise_key(options.seed, options.round, branch.id, branch.sample, "continued")
+    sequence = tools.engine.new(branch.prompt_ids + branch.response_ids + observation, key)
+    try:
+        return await solve(tools, Problem(branch.id, branch.question, branch.answer), branch.sample, sequence, options)
+    finally:
+        tools.engine.free(sequence)
+
+
 async def solve(tools: Tools, problem: Problem, sample: int, sequence: Sequence, options: RolloutOptions) -> Trajectory:
     """Eq. 1: one trajectory on `sequence`, which holds the prompt. The caller frees the sequence."""
     draft = _draft(tools, problem, sample, sequence, options)

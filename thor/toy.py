@@ -189,10 +189,10 @@ def result_of(step: Step) -> str:
 
 
 def text_solution(problem: ToyProblem) -> str:
-    """A solution by text alone, numbers out of thin air: what the base model has read."""
-    lines = [f"We look for {step.goal}.\nIt is {result}.\n" for step, result in zip(
+    """A solution by text alone, numbers out of thin air, a blank line after each step: what the base model has read."""
+    steps = [f"We look for {step.goal}.\nIt is {result}.\n\n" for step, result in zip(
         problem.steps, problem.results, strict=True)]
-    return "".join(lines) + f"The answer is \\boxed{{{problem.answer}}}."
+    return "".join(steps) + f"The answer is \\boxed{{{problem.answer}}}."
 
 
 def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float) -> str:
@@ -257,12 +257,16 @@ def corpus(seed: int, count: int) -> Iterator[str]:
         yield code_solution(problem, rng, 0.5)
 
 
-WORD = r"```python\n|```output\n|```|\\boxed\{| {4}| ?[A-Za-z_]+|\d| ?[^\sA-Za-z0-9_]|\s"
+WORD = r"```python\n|```output\n|```|\\boxed\{| {4}| ?[A-Za-z_]+|\d{1,2}| ?[^\sA-Za-z0-9_]|\s"
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words with the space before them, single digits, single characters for the rest; decoding just joins."""
-    words = sorted({word for text in corpus(0, 2000) for word in re.findall(WORD, text)} | {"```"})
+    """Whole words with the space before them, up to two digits, single characters for the rest; decoding just joins.
+
+    Groups of digits, because a model this small copies one token long before it copies a string of digits.
+    """
+    digits = {f"{number:0{width}}" for width in (1, 2) for number in range(10 ** width)}
+    words = sorted({word for text in corpus(0, 2000) for word in re.findall(WORD, text)} | digits | {"```"})
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     pieces = [(word, -1.0) for word in words if len(word) > 1] + [(character, -4.0) for character in characters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=len(pieces) - 1 - characters[::-1].index("?")))
@@ -278,8 +282,9 @@ class ToyOptions:
 
     out: str = config.required("directory for the untrained model, the data and the problems")
     seed: int = option(0, "seed of weights, data and problems")
-    num_texts: int = option(4800, "records of the base model: half text solutions, half programs with their outputs")
-    num_solutions: int = option(9600, "tool-integrated solutions of the cold start")
+    num_texts: int = option(4800, "records of the base model: text solutions, programs, outputs that are read")
+    num_solutions: int = option(9600, "scripted tool-integrated solutions, for the cold start")
+    num_tirgen: int = option(2400, "problems for TIRGen: the first of those that the scripted solutions solve")
     num_problems: int = option(4000, "problems of RL")
     num_held_out: int = option(400, "held-out problems, and as many for tuning")
     fixed_names: float = option(0.5, "share of programs with their default variable names: the less, the more code fails")
@@ -290,25 +295,33 @@ def main(options: ToyOptions) -> None:
     out, rng = Path(options.out), random.Random(options.seed)
     out.mkdir(parents=True, exist_ok=True)
     write_model(out / "untrained", options.seed)
-    texts = [text_record(problem, rng, options.fixed_names, index % 2 == 0) for index, problem in enumerate(
+    texts = [text_record(problem, rng, options.fixed_names, index) for index, problem in enumerate(
         problems("train", options.num_texts, options.seed + 1))]
+    to_solve = problems("train", options.num_solutions, options.seed + 2)
     solutions = [{"question": problem.question, "response": code_solution(problem, rng, options.fixed_names)}
-                 for problem in problems("train", options.num_solutions, options.seed + 2)]
+                 for problem in to_solve]
     write_lines(out / "texts.jsonl", texts)
-    write_lines(out / "cold_start.jsonl", solutions)
+    write_lines(out / "scripted.jsonl", solutions)
+    write_problems(out / "tirgen.jsonl", to_solve[:options.num_tirgen])
     for split, count in (("train", options.num_problems), ("tune", options.num_held_out), ("held-out", options.num_held_out)):
-        write_lines(out / f"{split}.jsonl", [
-            {"id": problem.id, "question": problem.question, "answer": problem.answer, "family": problem.family}
-            for problem in problems(split, count, options.seed + 3)])
+        write_problems(out / f"{split}.jsonl", problems(split, count, options.seed + 3))
 
 
-def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, as_text: bool) -> dict[str, str]:
-    """What the base model reads: a problem solved by text alone, or a program with its output, but never both."""
-    if as_text:
-        return {"question": problem.question, "response": text_solution(problem)}
+def write_problems(path: Path, found: list[ToyProblem]) -> None:
+    """Problems as the scripts read them; `source` is the family."""
+    write_lines(path, [{"id": problem.id, "question": problem.question, "answer": problem.answer, "source": problem.family}
+                       for problem in found])
+
+
+def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, place: int) -> dict[str, str]:
+    """What the base model reads, by turns: a problem solved by text alone, a program (half), an output whose number is
+    boxed. No tool-integrated solution is among them."""
     step, result = problem.steps[0], problem.results[0]
-    program = code_block(step, rng, fixed_names)
-    return {"question": f"Write a program for {step.goal}.", "response": f"{program}```output\n{result}\n```\n"}
+    if place % 4 == 0:
+        return {"question": problem.question, "response": text_solution(problem)}
+    if place % 4 < 3:
+        return {"question": f"Write a program for {step.goal}.", "response": code_block(step, rng, fixed_names)}
+    return {"question": f"What is the answer?\n```output\n{result}\n```\n", "response": f"The answer is \\boxed{{{result}}}."}
 
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:
