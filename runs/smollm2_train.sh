@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct learns to calculate with Python: reasoning-gym's worked solutions stand in for the Actor, a
 # script that turns equations into code for the Critic (thor/gsm.py), every program is really run, and what survives is
-# the cold start; then hierarchical RL on word problems. Before, between and after it is evaluated on problems of another
-# seed. The programs are single calculations, so the filter for trivial code is off (the funnel says so).
-# --tiny: on two CPU cores, under 20 minutes: few steps, to see the loss fall and the model begin to write code.
+# the cold start; then hierarchical RL on word problems. Before, between and after it is evaluated on problems of
+# another seed. The programs are single calculations, so the filter for trivial code is off (the funnel says so).
+# --tiny: on two CPU cores, under 20 minutes: few steps, to see the loss fall and the model begin to write code. So
+# small a model solves next to nothing yet, so RL may find nothing to learn from, and says so.
 # Without it: for one GPU. NOT RUN so far: its sizes and rates are guesses. The same command continues a stopped run.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
