@@ -7,11 +7,11 @@
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo NAMES=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32
+SEED=0 NAME=demo NAMES=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
-        --hard) NAME=demo-hard NAMES=0.15 ROUNDS=16 ;;
+        --hard) NAME=demo-hard NAMES=0.15 ROUNDS=16 HARD=1 ;;
         --seed) SEED=$2; shift ;;
         *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
     esac
@@ -59,19 +59,26 @@ stage tirgen python tirgen.py --actor "$OUT/t1/latest" --problems "$OUT/tirgen.j
 stage mix python runs/demo_mix.py "$OUT"
 stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}"
 join
-together stage trajectory-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t4" \
-    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" "${CODE[@]}" --branches 0
-stage hierarchical-rl python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/t5" \
-    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" "${CODE[@]}" --branches 8
+code_rl() { # stage, model, further options
+    stage "$1" python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/$2" "${STYLE[@]}" "${RUN[@]}" \
+        "${RL[@]}" "${CODE[@]}" --sandbox_log "$OUT/$2.executions.jsonl" --sandbox_log_mode cache "${@:3}"
+}
+together code_rl trajectory-rl t4 --branches 0
+code_rl hierarchical-rl t5 --branches 8
 join
+if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step level took
+    [ -d "$OUT/t4-long" ] || cp -r "$OUT/t4" "$OUT/t4-long"
+    code_rl trajectory-rl-longer t4-long --branches 0 --rounds "$(python runs/demo_table.py --out "$OUT" --equal_rounds)"
+fi
 
 evaluate() { # model, temperature, corrections
     local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
     stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
         "${RUN[@]}" "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
 }
-half() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run#*-}"; done; done; }
+half() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
 together half t1-0 t4-0 t4-4 t5-0
 half t2-0 t3-0 t3-4 t5-4
 join
+[ "$HARD" = 0 ] || half t4-long-0 t4-long-4
 python runs/demo_table.py "$OUT"

@@ -22,7 +22,9 @@ DIFFERENCES = (("T3 + self-correction", "T3 = T1 + cold start"), ("T4 = T3 + tra
                ("T5 = T3 + hierarchical RL", "T4 = T3 + trajectory RL"),
                ("T6 = T5 + self-correction", "T5 = T3 + hierarchical RL"))
 
-
+# The hard variant's further rows: trajectory RL at equal wall-clock.
+LONG_ROWS = {"T4-long = T4, for as long as T5 took": ("t4-long", 0), "T4-long + self-correction": ("t4-long", 4)}
+LONG_DIFFERENCES = (("T5 = T3 + hierarchical RL", "T4-long = T4, for as long as T5 took"),)
 CURVES = ("trajectory/accuracy", "trajectory/pass_rate", "trajectory/correct_if_all_ran", "step/pass_rate")
 
 
@@ -31,23 +33,38 @@ class Options:
     """One flag a field."""
 
     out: str = config.required("directory of the demo")
+    equal_rounds: bool = config.option(False, "print how many rounds of T4 take as long as T5 did, and nothing else")
 
 
 def main(options: Options) -> None:
     """Print and write the tables of both temperatures, and draw the curves."""
-    out, parts = Path(options.out), []
+    out = Path(options.out)
+    if options.equal_rounds:
+        print(equal_rounds(out))
+        return
+    long = (out / "t4-long").is_dir()
+    rows, pairs = (ROWS | LONG_ROWS, DIFFERENCES + LONG_DIFFERENCES) if long else (ROWS, DIFFERENCES)
+    parts = [(out / "mix.log").read_text().strip()]  # where the cold start's data came from
     for temperature in ("1.0", "0.6"):
-        parts.append(f"Temperature {temperature}\n\n" + table(out, temperature) + "\n\n" + differences(out, temperature))
+        parts.append(f"Temperature {temperature}\n\n" + table(out, temperature, rows) + "\n\n"
+                     + differences(out, temperature, rows, pairs))
     text = "\n\n".join(parts) + "\n"
     (out / "table.md").write_text(text)
     plot([out / "t4", out / "t5"], out / "curves.png", CURVES)
     print(text + f"\nwritten to {out / 'table.md'}; curves in {out / 'curves.png'}")
 
 
-def table(out: Path, temperature: str) -> str:
+def equal_rounds(out: Path) -> int:
+    """T4's rounds, so many more that all of them together take the time of T5's."""
+    times = {name: [sum(line[key] for key in ("time/sample", "time/train")) for line in map(
+        json.loads, (out / name / "timing.jsonl").read_text().splitlines())] for name in ("t4", "t5")}
+    return max(len(times["t4"]), round(len(times["t4"]) * sum(times["t5"]) / sum(times["t4"])))
+
+
+def table(out: Path, temperature: str, rows: dict[str, tuple[str, int]]) -> str:
     """Accuracy, pass rate and both conditional probabilities of each row, with 95 % intervals over problems."""
     lines = ["| | accuracy | execution pass rate | correct if all ran | correct if some failed |", "| --- " * 5 + "|"]
-    for name, (model, corrections) in ROWS.items():
+    for name, (model, corrections) in rows.items():
         metrics = json.loads((out / f"{model}-{temperature}-{corrections}.json").read_text())["metrics"]
         accuracy = metrics[next(key for key in metrics if key.startswith("avg@"))]
         cells = [accuracy, metrics["execution_pass_rate"], metrics["correct_if_all_ran"], metrics["correct_if_some_failed"]]
@@ -63,11 +80,11 @@ def cell(metric: dict) -> str:
     return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]{number}"
 
 
-def differences(out: Path, temperature: str) -> str:
+def differences(out: Path, temperature: str, rows: dict[str, tuple[str, int]], pairs: tuple[tuple[str, str], ...]) -> str:
     """Paired differences in accuracy, problem by problem."""
     lines = ["| difference in accuracy | |", "| --- | --- |"]
-    for later, earlier in DIFFERENCES:
-        a, b = (by_problem(out, temperature, *ROWS[name]) for name in (later, earlier))
+    for later, earlier in pairs:
+        a, b = (by_problem(out, temperature, *rows[name]) for name in (later, earlier))
         lines.append(f"| {later.split()[0]} {'(corrected) ' if later.startswith('T3 +') else ''}− {earlier.split()[0]} | "
                      + cell(bootstrap([a[key] - b[key] for key in sorted(a)])) + " |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ the step (on a CPU bit for bit, see `exact` and `self_test`).
 import asyncio
 import bisect
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from thor.attention import Row, feed, head
 from thor.cache import KVCache
 from thor.model import Decoder
 from thor.sampling import Sampling, sample_tokens, uniform
+
+USUAL_DECAY = 0.95  # a step: how fast the engine forgets that batches were larger
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -75,10 +79,11 @@ class Engine:
 
     `exact` pads every step to a multiple of 8 rows, which makes a token independent of its batch mates on a CPU.
     `chunk_tokens` is the most one sequence is fed in a step, so that a long prompt does not stall the others.
+    `max_wait`: seconds that a step waits for a batch to fill up, while most sequences are away, running code.
     """
 
     def __init__(self, model: Decoder, eos_ids: set[int], num_slots: int, max_tokens: int, exact: bool = True,
-                 chunk_tokens: int = 512):
+                 chunk_tokens: int = 512, max_wait: float = 0.01):
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; a step must feed a sequence 1 token or more")
         weight = model.head_weight
@@ -89,6 +94,8 @@ class Engine:
         self._requests: list[_Request] = []
         self._holders: list[Sequence] = []  # sequences with a slot, least recently used first
         self._driver: asyncio.Task | None = None
+        self.max_wait = max_wait
+        self._usual = 0.0  # how many requests there were lately
 
     def new(self, ids: list[int], key: bytes) -> Sequence:
         """A sequence that starts with `ids` (at least one, at most `max_tokens`) and draws its noise from `key`."""
@@ -173,6 +180,7 @@ class Engine:
         while self._requests:
             for _ in range(3):  # a finished coroutine needs a few turns of the loop to ask for its next tokens
                 await asyncio.sleep(0)
+            await self._fill_batch()
             self._requests = [request for request in self._requests if not request.future.done()]
             try:
                 if self._requests:
@@ -183,6 +191,14 @@ class Engine:
                     if not request.future.done():
                         request.future.set_exception(error)
                 self._requests = []
+
+    async def _fill_batch(self) -> None:
+        """Wait a little while most sequences are away, running code: a step for a few costs nearly what one for all does,
+        and takes the processor from the code that they wait for. What is sampled does not depend on it."""
+        self._usual = max(len(self._requests), self._usual * USUAL_DECAY)
+        give_up = time.monotonic() + self.max_wait
+        while len(self._requests) < self._usual / 2 and time.monotonic() < give_up:
+            await asyncio.sleep(self.max_wait / 10)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -36,20 +36,20 @@ class Task:
     letters: str  # default names of x, y, z
     goal: str  # "We look for {goal}."
     story: str  # a question that never says what to compute in the goal's words
-    programs: tuple[str, ...]
+    programs: tuple[str, ...]  # none loops for ever when its names are mixed up, which would cost a time-out each
 
 
 TASKS = {task.name: task for task in (
     Task("gcd", ((12, 240), (12, 240)), "ab", "the greatest common divisor of {a} and {b}",
          "Two ropes of {a} and {b} metres are cut into equal pieces without waste. How long can a piece be at most?",
          ("import math\n{x} = {a}\n{y} = {b}\nprint(math.gcd({x}, {y}))\n",
-          "{x} = {a}\n{y} = {b}\nwhile {y}:\n    {x}, {y} = {y}, {x} % {y}\nprint({x})\n",
+          "{x} = {a}\n{y} = {b}\nprint(max(i for i in range(1, {x} + 1) if {x} % i == {y} % i == 0))\n",
           "import sympy\n{x} = {a}\n{y} = {b}\nprint(sympy.gcd({x}, {y}))\n")),
     Task("lcm", ((11, 99), (11, 99)), "ab", "the least common multiple of {a} and {b}",
          "Two lamps flash every {a} and {b} seconds, now together. After how many seconds do they do so again?",
          ("import math\n{x} = {a}\n{y} = {b}\nprint(math.lcm({x}, {y}))\n",
           "import math\n{x} = {a}\n{y} = {b}\nprint({x} * {y} // math.gcd({x}, {y}))\n",
-          "{x} = {a}\n{y} = {b}\n{z} = {x}\nwhile {z} % {y}:\n    {z} += {x}\nprint({z})\n")),
+          "{x} = {a}\n{y} = {b}\nprint(min(i for i in range({x}, {x} * {y} + 1, {x}) if i % {y} == 0))\n")),
     Task("divisors", ((20, 600),), "ns", "the sum of the divisors of {a}",
          "A baker packs {a} rolls in equal bags. What is the sum of all possible bag sizes?",
          ("{x} = {a}\nprint(sum(i for i in range(1, {x} + 1) if {x} % i == 0))\n",
@@ -83,7 +83,7 @@ TASKS = {task.name: task for task in (
     Task("digits", ((2, 99), (5, 60)), "an", "the sum of the digits of {a} to the power {b}",
          "A child adds up all digits of {a} to the power {b}. What does it get?",
          ("{x} = {a}\n{y} = {b}\nprint(sum(int(i) for i in str({x} ** {y})))\n",
-          "{x} = {a} ** {b}\n{y} = 0\nwhile {x}:\n    {y} += {x} % 10\n    {x} //= 10\nprint({y})\n",
+          "{x} = {a}\n{y} = {b}\nprint(sum(map(int, str({x} ** {y}))))\n",
           "{x} = str({a} ** {b})\n{y} = 0\nfor i in {x}:\n    {y} += int(i)\nprint({y})\n")),
 )}
 
