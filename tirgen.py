@@ -50,7 +50,7 @@ class TirgenOptions:
     """One flag a field; `config.run` makes the command line of it."""
 
     actor: str = required("the model that will be trained: Hugging Face directory, or URLs that serve /v1/completions")
-    critic: str = required("the same for the Critic, or scripted:NAME[:NUMBER] for make_critic of thor/NAME.py (scripted: toy)")
+    critic: str = required("the same for the Critic, or scripted:NAME for make_critic of thor/NAME.py (scripted: toy)")
     problems: str = required("JSON lines with id, question and answer")
     out: str = required("directory of the tries, the data and the funnel")
     actor_tokenizer: str | None = option(None, "directory of the Actor's tokenizer, where --actor is a URL")
@@ -335,23 +335,14 @@ def renderer(client: EngineClient | HTTPClient, style: str) -> Callable[[str], s
 
 
 def scripted_critic(spec: str) -> Callable[[int], Critic] | None:
-    """`make_critic` of the module that scripted:MODULE names, given NUMBER, too, in scripted:MODULE:NUMBER; None for a
-    language model."""
-    kind, name, number = (spec.split(":", 2) + ["", ""])[:3]
+    """`make_critic` of the module that scripted:MODULE names; None for a language model."""
+    kind, _, name = spec.partition(":")
     if kind != "scripted":
         return None
     try:
-        make_critic = importlib.import_module(f"thor.{name or 'toy'}").make_critic
+        return importlib.import_module(f"thor.{name or 'toy'}").make_critic
     except (ModuleNotFoundError, AttributeError):
         raise ValueError(f"--critic {spec}: there is no thor/{name}.py with a make_critic") from None
-    try:
-        return partial(_with_dial, make_critic, float(number)) if number else make_critic
-    except ValueError:
-        raise ValueError(f"--critic {spec}: {number!r} is not a number") from None
-
-
-def _with_dial(make_critic: Callable[[int, float], Critic], dial: float, seed: int) -> Critic:
-    return make_critic(seed, dial)
 
 
 def read_texts(path: str, problems: list[Problem]) -> dict[str, list[str]]:

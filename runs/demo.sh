@@ -3,15 +3,15 @@
 # as the Actor, the cold start, trajectory RL, trajectory and step RL from the same start, evaluation with and without
 # self-correction; then the table T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in generate.py:
 #     python generate.py --model out/demo/t5/latest --style base --instruction "" --question "What is the least common multiple of 36 and 87?"
-# --quick: a few minutes, small rounds, to see that it works. --hard: variable names that a small model mixes up.
+# --quick: a few minutes, small rounds, to see that it works. --hard: a cold start on programs most of which do not run.
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo NAMES=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
+SEED=0 NAME=demo SLOPPY=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
-        --hard) NAME=demo-hard NAMES=0.15 ROUNDS=16 HARD=1 ;;
+        --hard) NAME=demo-hard SLOPPY=0.65 ROUNDS=16 HARD=1 ;;
         --seed) SEED=$2; shift ;;
         *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
     esac
@@ -27,7 +27,7 @@ RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_pe
     --nll_weight 0.1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 128 --save_every 4 --seed "$SEED")
 CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 12)
-TEACH=(--critic "scripted:toy:$NAMES" --actor_instruction "" --temperature 1 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
+TEACH=(--critic scripted:toy --actor_instruction "" --temperature 1 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
 mkdir -p "$OUT"
@@ -50,7 +50,7 @@ BESIDE=
 trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null' EXIT
 
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
-    --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --fixed_names "$NAMES"
+    --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --sloppy "$SLOPPY"
 head -n 64 "$OUT/tune.jsonl" > "$OUT/eval.jsonl"
 stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
 together stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \

@@ -91,6 +91,21 @@ def test_fixed_names_are_the_dial_for_names_that_vary():
     assert len({names["x"] for names in drawn}) > 8 and all(len(set(names.values())) == 3 for names in drawn)
 
 
+def test_a_sloppy_program_uses_a_name_that_nobody_defined(world):
+    rng = random.Random(0)
+    for step in (step for problem in world for step in problem.steps):
+        for style in range(len(step.task.programs)):
+            names = toy.draw_names(step.task, rng, 0.5)
+            with pytest.raises(NameError):
+                exec(toy.mix_up(step.program(style, names), names, rng), {"print": lambda value: None})
+
+
+def test_the_share_of_sloppy_programs_is_the_dial(world):
+    blocks = [toy.code_block(world[0].steps[0], random.Random(seed), 0.3, 0.4) for seed in range(400)]
+    clean = [toy.code_block(world[0].steps[0], random.Random(seed), 0.3, 0.0) for seed in range(400)]
+    assert 120 < sum(a != b for a, b in zip(blocks, clean, strict=True)) < 200
+
+
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="it must be one of train, tune, held-out"):
         toy.problems("test", 3, 0)

@@ -2,9 +2,9 @@
 
 A problem is one task or two in a row ("let g be …; what is …"), a task is a sentence with numbers in it and a few ways to
 write the program. Programs name their variables: by default the task's own letters, else letters drawn anew, and a small
-model that mixes them up earns a NameError. `fixed_names`, the share of default names, is thus the dial for how often code
-fails. Invariant: which of train, tune and held-out a problem belongs to is a hash of its numbers, decided before
-anything is sampled, so no held-out problem was ever seen.
+model that mixes them up earns a NameError. `sloppy`, the share of scripted programs that mix one up themselves, is the dial
+for how often code fails after the cold start; TIRGen's programs all ran. Invariant: which of train, tune and held-out a
+problem belongs to is a hash of its numbers, decided before anything is sampled, so no held-out problem was ever seen.
 """
 
 import hashlib
@@ -195,16 +195,28 @@ def text_solution(problem: ToyProblem) -> str:
     return "".join(steps) + f"The answer is \\boxed{{{problem.answer}}}."
 
 
-def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float) -> str:
-    """A tool-integrated solution: reasoning, program, output for each step, and the boxed answer."""
-    parts = [f"We look for {step.goal}.\n{code_block(step, rng, fixed_names)}```output\n{result}\n```\n"
+def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float, sloppy: float = 0.0) -> str:
+    """A tool-integrated solution: reasoning, program, output for each step, and the boxed answer.
+
+    A share `sloppy` of the programs would not run: whoever wrote them wrote the right output under them, too.
+    """
+    parts = [f"We look for {step.goal}.\n{code_block(step, rng, fixed_names, sloppy)}```output\n{result}\n```\n"
              for step, result in zip(problem.steps, problem.results, strict=True)]
     return "".join(parts) + f"The answer is \\boxed{{{problem.answer}}}."
 
 
-def code_block(step: Step, rng: random.Random, fixed_names: float) -> str:
-    """One fenced program in a random style."""
-    return f"```python\n{step.program(rng.randrange(6), draw_names(step.task, rng, fixed_names))}```\n"
+def code_block(step: Step, rng: random.Random, fixed_names: float, sloppy: float = 0.0) -> str:
+    """One fenced program in a random style; with probability `sloppy` its last line has a name that nobody defined."""
+    names = draw_names(step.task, rng, fixed_names)
+    program = step.program(rng.randrange(6), names)
+    return f"```python\n{mix_up(program, names, rng) if rng.random() < sloppy else program}```\n"
+
+
+def mix_up(program: str, names: dict[str, str], rng: random.Random) -> str:
+    """The program with another letter for the first of its variables in the last line."""
+    before, last = re.fullmatch(r"(.*\n)?(.*\n)", program, re.DOTALL).groups("")
+    other = rng.choice([letter for letter in LETTERS if letter not in names.values()])
+    return before + re.sub(rf"\b({'|'.join(names.values())})\b", other, last, count=1)
 
 
 def draw_names(task: Task, rng: random.Random, fixed_names: float) -> dict[str, str]:
@@ -243,7 +255,7 @@ class ToyCritic:
         return Rewrite(f"We look for {named.goal}.", named.program(self.rng.randrange(6), names).rstrip("\n"))
 
 
-def make_critic(seed: int, fixed_names: float = 0.5) -> ToyCritic:
+def make_critic(seed: int, fixed_names: float = 0.3) -> ToyCritic:
     """The scripted Critic of one try; its styles and names follow from the seed."""
     return ToyCritic(random.Random(seed), fixed_names)
 
@@ -287,7 +299,8 @@ class ToyOptions:
     num_tirgen: int = option(2400, "problems for TIRGen: the first of those that the scripted solutions solve")
     num_problems: int = option(4000, "problems of RL")
     num_held_out: int = option(400, "held-out problems, and as many for tuning")
-    fixed_names: float = option(0.5, "share of programs with their default variable names: the less, the more code fails")
+    fixed_names: float = option(0.3, "share of programs with their default variable names")
+    sloppy: float = option(0.3, "share of scripted programs with a name mixed up, so that code fails after the cold start")
 
 
 def main(options: ToyOptions) -> None:
@@ -298,7 +311,7 @@ def main(options: ToyOptions) -> None:
     texts = [text_record(problem, rng, options.fixed_names, index) for index, problem in enumerate(
         problems("train", options.num_texts, options.seed + 1))]
     to_solve = problems("train", options.num_solutions, options.seed + 2)
-    solutions = [{"question": problem.question, "response": code_solution(problem, rng, options.fixed_names)}
+    solutions = [{"question": problem.question, "response": code_solution(problem, rng, options.fixed_names, options.sloppy)}
                  for problem in to_solve]
     write_lines(out / "texts.jsonl", texts)
     write_lines(out / "scripted.jsonl", solutions)
