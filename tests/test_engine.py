@@ -428,11 +428,11 @@ def test_a_sequence_belongs_to_one_coroutine_at_a_time(model):
 
 
 def test_a_step_waits_for_those_that_are_away_running_code(model):
-    """Of four sequences that went together two go on, the second a little later: still in the same steps."""
-    engine = Engine(model, NO_EOS, 4, 40, max_wait=1.0)
+    """Of eight sequences that went together two go on, the second a little later: still in the same steps."""
+    engine = Engine(model, NO_EOS, 8, 40, max_wait=1.0)
 
     async def everyone() -> None:
-        sequences = [engine.new([1, 2, number], noise_key(number)) for number in range(4)]
+        sequences = [engine.new([1, 2, number], noise_key(number)) for number in range(8)]
         await asyncio.gather(*(engine.sample(sequence, Sampling(), 4) for sequence in sequences))
         first = asyncio.create_task(engine.sample(sequences[0], Sampling(), 4))
         await asyncio.sleep(0.2)

@@ -22,7 +22,7 @@ from thor.cache import KVCache
 from thor.model import Decoder
 from thor.sampling import Sampling, sample_tokens, uniform
 
-USUAL_DECAY = 0.95  # a step: how fast the engine forgets that batches were larger
+FULL_SHARE = 0.25  # of the sequences in memory: a batch for which no step waits
 
 
 @dataclass(eq=False)
@@ -95,7 +95,6 @@ class Engine:
         self._holders: list[Sequence] = []  # sequences with a slot, least recently used first
         self._driver: asyncio.Task | None = None
         self.max_wait = max_wait
-        self._usual = 0.0  # how many requests there were lately
 
     def new(self, ids: list[int], key: bytes) -> Sequence:
         """A sequence that starts with `ids` (at least one, at most `max_tokens`) and draws its noise from `key`."""
@@ -195,9 +194,8 @@ class Engine:
     async def _fill_batch(self) -> None:
         """Wait a little while most sequences are away, running code: a step for a few costs nearly what one for all does,
         and takes the processor from the code that they wait for. What is sampled does not depend on it."""
-        self._usual = max(len(self._requests), self._usual * USUAL_DECAY)
         give_up = time.monotonic() + self.max_wait
-        while len(self._requests) < self._usual / 2 and time.monotonic() < give_up:
+        while len(self._requests) < FULL_SHARE * len(self._holders) and time.monotonic() < give_up:
             await asyncio.sleep(self.max_wait / 10)
 
     @torch.inference_mode()
