@@ -7,11 +7,11 @@
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo SLOPPY=0.3 ROUNDS=36 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
+SEED=0 NAME=demo SLOPPY=0.3 ROUNDS=24 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
-        --hard) NAME=demo-hard SLOPPY=0.65 ROUNDS=16 HARD=1 ;;
+        --hard) NAME=demo-hard SLOPPY=0.65 ROUNDS=12 HARD=1 ;;
         --seed) SEED=$2; shift ;;
         *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
     esac
@@ -24,9 +24,9 @@ STYLE=(--style base --instruction "" --threads 1)
 RUN=(--cpu_seconds 1)  # the programs take milliseconds; what loops for ever should not cost ten seconds
 SFT=(--epochs 2 --batch 16 --lr 3e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
-    --nll_weight 0.1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
+    --nll_weight 1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 128 --save_every 4 --seed "$SEED")
-CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 12)
+CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 8)
 TEACH=(--critic scripted:toy --actor_instruction "" --temperature 1 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
