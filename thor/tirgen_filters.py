@@ -125,8 +125,15 @@ def format_reason(trajectory: Trajectory, prose: str, codes: list[str], min_call
 
 
 def quality_reason(codes: list[str], max_trivial_share: float) -> str | None:
-    """Stage 2: too many of the blocks are trivial."""
-    return "trivial_code" if sum(map(is_trivial, codes)) > max_trivial_share * len(codes) else None
+    """Stage 2: too many of the blocks are trivial. Parsing is what this costs, so it ends as soon as that is decided."""
+    allowed, num_trivial = max_trivial_share * len(codes), 0
+    for num_seen, code in enumerate(codes, 1):
+        num_trivial += is_trivial(code)
+        if num_trivial > allowed:
+            return "trivial_code"
+        if num_trivial + len(codes) - num_seen <= allowed:
+            return None
+    return None
 
 
 def difficulty_reason(solved_and_drawn: tuple[int, int] | None) -> str | None:
