@@ -1,6 +1,7 @@
 """The demo's table T1 … T6 from its evaluations, on the console and as Markdown, and the curves of its RL runs.
 
     python runs/demo_table.py out/demo
+    python runs/demo_table.py out/demo,out/demo-1,out/demo-2     # means over seeds
 """
 
 import json
@@ -32,18 +33,20 @@ CURVES = ("trajectory/accuracy", "trajectory/pass_rate", "trajectory/correct_if_
 class Options:
     """One flag a field."""
 
-    out: str = config.required("directory of the demo")
+    out: str = config.required("directory of the demo, or several, separated by commas, for means over seeds")
     equal_rounds: bool = config.option(False, "print how many rounds of T4 take as long as T5 did, and nothing else")
 
 
 def main(options: Options) -> None:
     """Print and write the tables of both temperatures, and draw the curves."""
+    if "," in options.out:
+        print(means([Path(name) for name in options.out.split(",")]))
+        return
     out = Path(options.out)
     if options.equal_rounds:
         print(equal_rounds(out))
         return
-    long = (out / "t4-long").is_dir()
-    rows, pairs = (ROWS | LONG_ROWS, DIFFERENCES + LONG_DIFFERENCES) if long else (ROWS, DIFFERENCES)
+    rows, pairs = rows_of(out)
     parts = [(out / "mix.log").read_text().strip()]  # where the cold start's data came from
     for temperature in ("1.0", "0.6"):
         parts.append(f"Temperature {temperature}\n\n" + table(out, temperature, rows) + "\n\n"
@@ -52,6 +55,44 @@ def main(options: Options) -> None:
     (out / "table.md").write_text(text)
     plot([out / "t4", out / "t5"], out / "curves.png", CURVES)
     print(text + f"\nwritten to {out / 'table.md'}; curves in {out / 'curves.png'}")
+
+
+def rows_of(out: Path) -> tuple[dict[str, tuple[str, int]], tuple[tuple[str, str], ...]]:
+    """The table's rows and differences; the hard variant has more."""
+    long = (out / "t4-long").is_dir()
+    return (ROWS | LONG_ROWS, DIFFERENCES + LONG_DIFFERENCES) if long else (ROWS, DIFFERENCES)
+
+
+def means(outs: list[Path]) -> str:
+    """Accuracy and pass rate of each row: the mean over seeds, and each seed's."""
+    parts = []
+    for temperature in ("1.0", "0.6"):
+        parts += [f"Temperature {temperature}, mean of {len(outs)} seeds (each)", "",
+                  "| | accuracy | execution pass rate |", "| --- | --- | --- |"]
+        for name, run in rows_of(outs[0])[0].items():
+            found = [metrics_of(out, temperature, *run) for out in outs]
+            cells = [mean_cell([accuracy_of(metrics)["value"] for metrics in found]),
+                     mean_cell([metrics["execution_pass_rate"]["value"] for metrics in found])]
+            parts.append(f"| {name} | " + " | ".join(cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def mean_cell(values: list[float | None]) -> str:
+    """mean (each)."""
+    if None in values:
+        return "–"
+    return f"{sum(values) / len(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
+
+
+def metrics_of(out: Path, temperature: str, model: str, corrections: int) -> dict[str, dict]:
+    """The metrics of one evaluation."""
+    return json.loads((out / f"{model}-{temperature}-{corrections}.json").read_text())["metrics"]
+
+
+def accuracy_of(metrics: dict[str, dict]) -> dict:
+    """avg@n, whatever n was."""
+    return metrics[next(key for key in metrics if key.startswith("avg@"))]
 
 
 def equal_rounds(out: Path) -> int:
@@ -64,10 +105,9 @@ def equal_rounds(out: Path) -> int:
 def table(out: Path, temperature: str, rows: dict[str, tuple[str, int]]) -> str:
     """Accuracy, pass rate and both conditional probabilities of each row, with 95 % intervals over problems."""
     lines = ["| | accuracy | execution pass rate | correct if all ran | correct if some failed |", "| --- " * 5 + "|"]
-    for name, (model, corrections) in rows.items():
-        metrics = json.loads((out / f"{model}-{temperature}-{corrections}.json").read_text())["metrics"]
-        accuracy = metrics[next(key for key in metrics if key.startswith("avg@"))]
-        cells = [accuracy, metrics["execution_pass_rate"], metrics["correct_if_all_ran"], metrics["correct_if_some_failed"]]
+    for name, run in rows.items():
+        metrics = metrics_of(out, temperature, *run)
+        cells = [accuracy_of(metrics), metrics["execution_pass_rate"], metrics["correct_if_all_ran"], metrics["correct_if_some_failed"]]
         lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
 
