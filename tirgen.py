@@ -9,6 +9,7 @@ The loop is thor/actor_critic.py, the Critic's prompts thor/critic.py, the filte
 
 import asyncio
 import dataclasses
+import hashlib
 import importlib
 import json
 from collections.abc import Awaitable, Callable, Iterator
@@ -39,7 +40,7 @@ MAX_LOST_IN_A_ROW = 32  # tries lost to servers or to the sandbox, after which g
 
 # What may differ between two runs of one directory without changing a try.
 NOT_SETTINGS = (
-    "problems", "out", "actor_tokenizer", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard",
+    "problems", "out", "critic_tokenizer", "tries", "difficulty_samples", "concurrency", "shard",
     "merge", "filter_only", "max_trivial_share", "min_calls", "one_call_share", "source_field", "sandbox",
     "sandbox_require", "sandbox_log", "sandbox_log_mode", "slots", "threads", "timeout", "max_retries", "backoff",
     "key_variable")
@@ -279,8 +280,17 @@ def settings_of(options: TirgenOptions) -> tries.Settings:
     asked = options.as_critic
     return settings | {"actor": "server" if is_url(options.actor) else options.actor,
                        "critic": "server" if is_url(options.critic) else options.critic,
-                       "actor_texts": options.actor_texts is not None,
+                       "actor_texts": options.actor_texts and digest(options.actor_texts),
+                       "actor_tokenizer": options.actor_tokenizer and digest(f"{options.actor_tokenizer}/tokenizer.json"),
                        "solvable_prompt": asked.solvable_prompt, "rewrite_prompt": asked.rewrite_prompt}
+
+
+def digest(path: str) -> str:
+    """What tells one file's contents from another's. ValueError if there is no such file."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
 
 async def open_tools(options: TirgenOptions, problems: list[Problem], stack: AsyncExitStack) -> Tools:

@@ -318,25 +318,27 @@ async def solve_once(run: Run, tools: Tools, rollout: RolloutOptions,
 async def continue_branches(run: Run, tools: Tools, rollout: RolloutOptions, number: int) -> dict[str, float | None]:
     """Where the step reward leads: one continuation of each branch that passes, from failures on the evaluation problems.
 
-    Code that runs and is of no use earns the step reward and lowers this. The branches are written to branches_N.jsonl,
-    for a person to look at.
+    Code that runs and is of no use earns the step reward and lowers this. The branches are written to branches_N.jsonl and
+    what became of them to continued_N.jsonl, for a person to look at.
     """
     options, failures, gate = run.options, [], asyncio.Semaphore(run.options.slots)
     await solve_once(run, tools, rollout, failures)
     failures.sort(key=lambda failed: failed.trajectory.id)
     groups = await asyncio.gather(*(branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate)
                                     for failed in failures))
-    branches = [branch for group in groups for branch in group if branch_reason(branch) is None]
-    passed = [branch for branch in branches if branch_reward(branch) == 1]
+    grown = [(failed, branch) for failed, group in zip(failures, groups, strict=True) for branch in group
+             if branch_reason(branch) is None]
 
-    async def go_on(branch: Trajectory) -> Trajectory:
+    async def go_on(failed: FailedStep, branch: Trajectory) -> Trajectory:
         async with gate:
-            continued = await continue_branch(tools, branch, replace(rollout, stop_at_failure=False))
+            continued = await continue_branch(tools, failed, branch, replace(rollout, stop_at_failure=False))
         continued.correct = await grade(continued)
         return continued
 
-    continued = [t for t in await asyncio.gather(*map(go_on, passed)) if t.finish != "infrastructure"]
-    write_aside(Path(options.out) / f"branches_{number}.jsonl", "".join(f"{to_json(t)}\n" for t in branches + continued))
+    ended = await asyncio.gather(*(go_on(failed, branch) for failed, branch in grown if branch_reward(branch) == 1))
+    branches, continued = [branch for _, branch in grown], [t for t in ended if t.finish != "infrastructure"]
+    for name, written in (("branches", branches), ("continued", continued)):
+        write_aside(Path(options.out) / f"{name}_{number}.jsonl", "".join(f"{to_json(t)}\n" for t in written))
     return {"step/accuracy_if_continued": rate([t.correct for t in continued]), "step/num_continued": len(continued)}
 
 

@@ -67,7 +67,7 @@ together code_rl trajectory-rl t4 --branches 0
 code_rl hierarchical-rl t5 --branches 8
 join
 if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step level took
-    [ -d "$OUT/t4-long" ] || cp -r "$OUT/t4" "$OUT/t4-long"
+    [ -d "$OUT/t4-long" ] || { rm -rf "$OUT/t4-copy"; cp -r "$OUT/t4" "$OUT/t4-copy"; mv "$OUT/t4-copy" "$OUT/t4-long"; }
     code_rl trajectory-rl-longer t4-long --branches 0 --rounds "$(python runs/demo_table.py --out "$OUT" --equal_rounds)"
 fi
 

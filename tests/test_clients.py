@@ -285,10 +285,31 @@ def test_a_prompt_without_room_in_a_servers_context_ends_as_a_length(message):
         assert ask(stub.url) == Completion("", "length")
 
 
+def test_a_completion_that_might_not_fit_is_asked_for_again_in_half():
+    """As our own engine does it, which stops where its context ends."""
+    def answer(number: int, body: dict) -> Reply:
+        if body["max_tokens"] > 30:
+            return Reply(b"maximum context length is 40 tokens", 400)
+        return Reply(b'{"choices": [{"text": "fits", "finish_reason": "length"}]}')
+
+    with Stub(answer) as stub:
+        assert ask(stub.url, request=Request("x", 100)) == Completion("fits", "length")
+        assert [seen.body["max_tokens"] for seen in stub.posts] == [100, 50, 25]
+
+
 def test_half_a_surrogate_pair_becomes_a_replacement_character():
     body = b'{"choices": [{"text": "a\\ud83d b\\ud83d\\ude00", "finish_reason": "stop"}]}'
     with Stub(lambda number, request: Reply(body)) as stub:
         assert ask(stub.url).text == "a\ufffd b\U0001f600"
+
+
+@pytest.mark.parametrize("body", [b'{"error": "bad key secret-123"}', b'{"choices": [{"text": ["secret-123"], "finish_reason": "stop"}]}',
+                                  b'{"choices": [{"text": "", "finish_reason": "secret-123"}]}'])
+def test_the_key_is_in_no_message_about_an_answer_that_is_none(body, monkeypatch):
+    monkeypatch.setenv("THOR_API_KEY", "secret-123")
+    with Stub(lambda number, request: Reply(body)) as stub, pytest.raises(ClientError) as error:
+        ask(stub.url)
+    assert "its answer" in str(error.value) and "secret" not in str(error.value)
 
 
 def test_the_key_comes_from_the_named_variable_and_is_in_no_message(monkeypatch, capfd):

@@ -100,7 +100,7 @@ def test_a_problem_that_text_alone_solves_every_time_is_dropped_by_the_third_sta
 @pytest.mark.parametrize("prose, balanced", [
     ("", True), ("It costs $5.", True), ("It costs $5 and $7, so $12.", True), ("$x$ costs $5.", True),
     ("It costs $5. Let $x$ be more.", True), ("We have $$x = 1$$ here.", True), ("$ x $ is fine.", True),
-    ("A price of \\$ or \\$x.", True), ("The $n$th term of $a$.", True), ("$5x + 1$ is odd.", True),
+    ("A price of \\$ or \\$x.", True), ("The $n$th term of $a$.", True), ("The $3$rd is $10$cm.", True), ("$5x + 1$ is odd.", True),
     ("Let $x be.", False), ("Let $x$ and $y be.", False), ("It costs $5 and let $x be.", False), ("cost$", False),
     ("$$x = 1$", False)])
 def test_dollars_come_in_pairs_unless_they_are_money(prose, balanced):

@@ -20,6 +20,7 @@ from thor import config
 from thor.batch import Sample
 from thor.data import read_lines
 from thor.rl_metrics import catches_everything, only_prints_constants
+from thor.template import load_template
 from thor.trajectory import from_json
 from train_rl import TrainOptions
 
@@ -89,15 +90,16 @@ def test_surplus_groups_are_carried_to_the_next_round(trained):
 
 
 def test_each_passing_branch_of_an_evaluation_is_continued_once(trained):
-    """Read back from what a person would look at: branches, then their continuations, whose prompts hold the branches."""
-    lines = read_lines(trained / "branches_5.jsonl")
-    written = [from_json(line) for _, line in lines]
-    branches = [t for t in written if t.finish == "rounds" and t.spans[-1].kind == "act" and len(t.executions) == 1]
-    passed = [t for t in branches if t.executions[0].passed]
-    continued = [t for t in written if t.correct is not None]
-    assert passed and len(written) == len(branches) + len(continued) and len(continued) == len(passed)
+    """Read back from what a person would look at; a continuation's prompt holds its branch."""
+    branches, continued = ([from_json(line) for _, line in read_lines(trained / f"{name}_5.jsonl")]
+                           for name in ("branches", "continued"))
+    passed = [branch for branch in branches if branch.executions[0].passed]
+    assert 0 < len(passed) < len(branches) and len(continued) == len(passed)
     for branch, after in zip(passed, continued, strict=True):
-        assert after.prompt_ids[:len(branch.prompt_ids + branch.response_ids)] == branch.prompt_ids + branch.response_ids
+        written = branch.prompt_ids + branch.response_ids
+        assert after.prompt_ids[:len(written)] == written and after.id == branch.id
+        prompt = load_template(trained / "latest", "base", "", None, False).prompt_ids(branch.question)
+        assert len(after.prompt_ids + after.response_ids) <= len(prompt) + 60, "budgets are the trajectory's"
     last = metrics_of(trained)[-1]
     assert last["step/num_continued"] == len(continued)
     assert last["step/accuracy_if_continued"] == sum(t.correct for t in continued) / len(continued)

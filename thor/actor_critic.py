@@ -164,6 +164,7 @@ async def take_step(draft: Draft, step: Step) -> None:
         draft.add(step.text)
         return
     logic, block = await code_for(draft, step.text)
+    logic = step.text[:len(step.text) - len(step.text.lstrip())] + logic.lstrip()  # a step may begin within a line
     draft.add(on_new_line(draft.text + logic)[len(draft.text):] + block.text)
     draft.blocks.append(block)
 

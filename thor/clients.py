@@ -218,10 +218,12 @@ class HTTPClient:
             payload["top_k"] = request.top_k
         if request.stops:
             payload["stop"] = list(request.stops)
-        try:
-            return await self._persist(lambda url: self._complete_once(url, payload, request.stops), self._turn)
-        except _TooLong:
-            return Completion("", "length")
+        while payload["max_tokens"] > 0:
+            try:
+                return await self._persist(lambda url: self._complete_once(url, payload, request.stops), self._turn)
+            except _TooLong:  # most servers refuse what might not fit, where our engine would stop at its context
+                payload["max_tokens"] //= 2
+        return Completion("", "length")
 
     async def pause(self, seconds: float) -> None:
         """What happens between two tries."""
@@ -253,9 +255,11 @@ class HTTPClient:
             choice = body["choices"][0]
             text, finish = choice["text"], choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
-            raise _Failure("wrong schema", f"its answer is not a completion: {_excerpt(str(body))}") from None
+            raise _Failure("wrong schema", f"its answer is not a completion: "
+                           f"{_excerpt(self._without_key(str(body)))}") from None
         if not isinstance(text, str) or finish not in ("stop", "length"):
-            raise _Failure("wrong schema", f"its answer has text {_excerpt(repr(text))}, finish_reason {finish!r}")
+            raise _Failure("wrong schema", f"its answer has text {_excerpt(self._without_key(repr(text)))}, finish_reason "
+                           f"{_excerpt(self._without_key(repr(finish)))}")
         return _completion(_well_formed(text), choice, stops)
 
     def _first_model(self, url: str) -> str | None:

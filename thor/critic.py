@@ -64,6 +64,7 @@ Rewritten:
 
 # Every way in which a Critic can go wrong, and what it is told when it may try again.
 FAULTS = {
+    "too_long": "step and answer do not fit the context.",
     "no_verdict": "the answer is neither YES nor NO.",
     "no_block": "it has no complete block between ```python and ```.",
     "several_blocks": "it has more than one block.",
@@ -161,7 +162,10 @@ class LMCritic:
         options = self.options
         request = Request(self.render(question), max_tokens, options.temperature, options.top_k, options.top_p, stops,
                           request_seed(self.seed, self._asked))
-        return answer_of(await self.client.complete(request))
+        completion = await self.client.complete(request)
+        if completion.finish == "length" and not completion.text:
+            raise Unusable("too_long", "the prompt leaves no room for an answer")
+        return answer_of(completion)
 
 
 def request_seed(*parts: int | str) -> int:

@@ -95,6 +95,7 @@ class Engine:
         self._holders: list[Sequence] = []  # sequences with a slot, least recently used first
         self._driver: asyncio.Task | None = None
         self.max_wait = max_wait
+        self._submitted, self._waited_for = 0, -1  # requests so far, and how many there were at a wait for nothing
 
     def new(self, ids: list[int], key: bytes) -> Sequence:
         """A sequence that starts with `ids` (at least one, at most `max_tokens`) and draws its noise from `key`."""
@@ -170,6 +171,7 @@ class Engine:
         sequence.waiting = future = asyncio.get_running_loop().create_future()
         sequence.cached = min(sequence.cached, len(sequence.ids) - 1)  # after a truncation: the last token is fed again
         self._requests.append(_Request(sequence, sampling, limit, stop, future))
+        self._submitted += 1
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
         return await future
@@ -194,9 +196,12 @@ class Engine:
     async def _fill_batch(self) -> None:
         """Wait a little while most sequences are away, running code: a step for a few costs nearly what one for all does,
         and takes the processor from the code that they wait for. What is sampled does not depend on it."""
-        give_up = time.monotonic() + self.max_wait
+        give_up, submitted = time.monotonic() + self.max_wait, self._submitted
+        if submitted == self._waited_for:  # nobody has come since the last wait, which was for nothing
+            return
         while len(self._requests) < FULL_SHARE * len(self._holders) and time.monotonic() < give_up:
             await asyncio.sleep(self.max_wait / 10)
+        self._waited_for = submitted if self._submitted == submitted else -1
 
     @torch.inference_mode()
     def step(self) -> None:

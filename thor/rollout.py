@@ -213,14 +213,23 @@ async def _branch(tools: Tools, failed: FailedStep, number: int, sequence: Seque
     return _finished(draft, "rounds" if tried.stopped == "stop" else tried.stopped)
 
 
-async def continue_branch(tools: Tools, branch: Trajectory, options: RolloutOptions) -> Trajectory:
-    """Where a branch whose code ran leads: one continuation after its observation, whose prompt is all that stands before."""
-    step = code_steps(branch)[-1]
+async def continue_branch(tools: Tools, failed: FailedStep, branch: Trajectory, options: RolloutOptions) -> Trajectory:
+    """Where a branch of `failed` leads whose code ran: one continuation, whose prompt is all that stands before it.
+
+    It has what is left of the trajectory's budgets of tokens and code rounds; "length" at once if that is nothing.
+    """
+    step, source = code_steps(branch)[-1], failed.trajectory
     observation = tools.template.observation_ids(branch.response_ids[step.act_start:], step.execution)
-    key = noise_key(options.seed, options.round, branch.id, branch.sample, "continued")
-    sequence = tools.engine.new(branch.prompt_ids + branch.response_ids + observation, key)
+    ids = branch.prompt_ids + branch.response_ids + observation
+    tokens_left = min(options.max_response_tokens + len(source.prompt_ids), tools.engine.max_tokens) - len(ids)
+    if tokens_left < 1:
+        return Trajectory(branch.id, branch.sample, branch.question, branch.answer, prompt_ids=ids, finish="length")
+    budget = replace(options, max_response_tokens=tokens_left,
+                     max_code_rounds=max(0, options.max_code_rounds - len(source.executions)))
+    key = noise_key(options.seed, options.round, branch.id, source.sample, branch.sample, "continued")
+    sequence = tools.engine.new(ids, key)
     try:
-        return await solve(tools, Problem(branch.id, branch.question, branch.answer), branch.sample, sequence, options)
+        return await solve(tools, Problem(branch.id, branch.question, branch.answer), branch.sample, sequence, budget)
     finally:
         tools.engine.free(sequence)
 

@@ -126,7 +126,7 @@ def read_answer(answer: requests.Response, run_seconds: float, output_bytes: int
         return Execution("infrastructure", "", f"not an answer of a sandbox service: {answer.text[:EXCERPT]}", 0.0)
     outcome, error = judge(stdout, stderr, None if timed_out else code, run_seconds, output_bytes)
     printed = stdout.encode("utf-8", "replace")[:output_bytes].decode("utf-8", "replace")
-    return Execution(outcome, printed, error, float(seconds))
+    return Execution(outcome, printed, error.encode("utf-8", "replace").decode(), float(seconds))
 
 
 def judge(stdout: str, stderr: str, code: int | None, run_seconds: float, output_bytes: int) -> tuple[str, str]:

@@ -30,7 +30,7 @@ CONTROL_FLOW = (ast.Import, ast.ImportFrom, ast.For, ast.AsyncFor, ast.While, as
 CONTROL_WORD = re.compile(r"import|for|while|if|match|try|def|lambda|class")
 
 CODE_OPENS = re.compile(r"^```py[^\n]*\n", re.MULTILINE)
-DOLLAR_PAIR = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$(?![\w\\])", re.DOTALL)
+DOLLAR_PAIR = re.compile(r"\$\$.+?\$\$|\$[\d.,]+\$(?!\d)|\$[^$\n]+\$(?![\w\\])", re.DOTALL)
 PLAIN_DOLLAR = re.compile(r"\$(?!\d)")  # before a digit, one without a partner is money
 
 
