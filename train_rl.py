@@ -34,7 +34,7 @@ from thor.optimizer import Skips, make_optimizer, take_step
 from thor.rl_metrics import all_executions, rate, step_metrics, trajectory_metrics
 from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, continue_branch, solve_group
 from thor.sampling import Sampling
-from thor.sandbox import open_sandbox
+from thor.sandbox import LocalSandbox, open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
 from thor.trajectory import Trajectory, to_json
 from thor.weights import load_model
@@ -166,19 +166,27 @@ def main(options: TrainOptions) -> None:
         print(f"{out} has all {options.rounds} rounds: nothing left to do")
         return check_trained(run, out)
     warn_if_inexact(build_engine(run))
-    log = MetricsLog(out, run.state.round)
-    with StopRequest() as stop, tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
-        while run.state.round < options.rounds and not stop.asked:
-            metrics, timing = asyncio.run(one_round(run, run.state.round + 1))
-            run.state.round += 1
-            log.write(run.state.round, metrics, timing)
-            if run.state.round % options.save_every == 0 or run.state.round == options.rounds or stop.asked:
-                save(run, out)
-            show(bar, metrics, timing)
-    log.close()
+    with StopRequest() as stop:
+        asyncio.run(train(run, out, stop))
     if stop.asked:
         raise KeyboardInterrupt
     check_trained(run, out)
+
+
+async def train(run: Run, out: Path, stop: StopRequest) -> None:
+    """Rounds until there were enough, or until someone asks to stop; one sandbox for all of them."""
+    options, log = run.options, MetricsLog(out, run.state.round)
+    async with open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
+                            options.sandbox_log_mode) as sandbox:
+        with tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
+            while run.state.round < options.rounds and not stop.asked:
+                metrics, timing = await one_round(run, sandbox, run.state.round + 1)
+                run.state.round += 1
+                log.write(run.state.round, metrics, timing)
+                if run.state.round % options.save_every == 0 or run.state.round == options.rounds or stop.asked:
+                    save(run, out)
+                show(bar, metrics, timing)
+    log.close()
 
 
 def check_trained(run: Run, out: Path) -> None:
@@ -188,15 +196,13 @@ def check_trained(run: Run, out: Path) -> None:
                          f"(see {out / 'metrics.jsonl'})")
 
 
-async def one_round(run: Run, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
+async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
     """One round of method, section 4: its metrics, and its times."""
     options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
-    async with open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
-                            options.sandbox_log_mode) as sandbox:
-        tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
-        drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
-        branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2
-        evaluation = await evaluate(run, tools, number)
+    tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
+    drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
+    branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2
+    evaluation = await evaluate(run, tools, number)
     sampled = time.perf_counter()
     grown = filter_branches(branches)
     fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)

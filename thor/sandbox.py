@@ -245,6 +245,8 @@ def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best", lo
     elif all(url.startswith(("http://", "https://")) for url in urls):
         sandbox = RemoteSandbox(urls, run_seconds=WALL_PER_CPU * cpu_seconds)
         limits = sandbox.limits
+        if log is not None and log_mode == "cache":
+            raise ValueError("--sandbox_log_mode cache needs --sandbox local, where random numbers are seeded alike each time")
     else:
         raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
     return sandbox if log is None else LoggedSandbox(sandbox, log, log_mode, limits)

@@ -80,7 +80,10 @@ def written_trajectory(template: Template, problem: Problem, number: int, text: 
 
     A text that has `ended` gets the EOS as its last token, inside the last think span.
     """
-    text = text.rstrip() if ended else text
+    if ended:
+        text = text.rstrip()
+        if blocks and text.endswith(blocks[-1].text.rstrip()):
+            text += "\n"  # an output ends with its line, as at inference
     given = [piece.strip() for kind, piece in cut_response(text) if kind == OBSERVE]
     if given != [block.text.partition(f"\n{CLOSING}\n")[2].strip() for block in blocks]:
         return None
