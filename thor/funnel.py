@@ -117,6 +117,7 @@ def draw(report: Report, path: Path) -> None:
     figure, (left, *right) = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     stages = report["stages"]
     names, bottom = [stage["name"].replace("_", " ") for stage in stages], [0] * len(stages)
+    left.set_prop_cycle(color=plt.colormaps["tab20"].colors)  # ten colours are fewer than some problem sets have sources
     for source in stages[0]["by_source"]:
         counts = [stage["by_source"].get(source, 0) for stage in stages]
         left.bar(names, counts, bottom=bottom, label=source)
