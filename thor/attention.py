@@ -3,7 +3,7 @@
 The slow twins (`packed`, `cached_slow`) are the definition: one sequence at a time through torch's own attention.
 `feed` is one step of the sampler. With `exact` it gives a token the same bits whatever else is in the step, which CPU
 libraries do not do for other shapes: rows in multiples of 8, and attention as matmul, softmax, matmul with the query
-rows of a key/value head in multiples of 4, the keys in multiples of 64 and the sum over values in blocks of 256.
+rows of a key/value head in multiples of 4, the keys in multiples of 64 and the sum over values in blocks of 128.
 
 T packed tokens · H query heads · K key/value heads · G query heads per key/value head · D head dim · P key positions
 """
@@ -25,7 +25,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 ROW_BLOCK = 8
 QUERY_BLOCK = 4
 # A product splits a longer sum into parts whose sizes depend on its length, and that is the longest mate's.
-VALUE_BLOCK = 256
+VALUE_BLOCK = 128
 
 
 @dataclass(frozen=True)
