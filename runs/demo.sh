@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every stage of the method on a small model trained from scratch, on two CPU cores: a base model, TIRGen with that model
 # as the Actor, the cold start, trajectory RL, trajectory and step RL from the same start, evaluation with and without
-# self-correction; then the table T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in generate.py:
+# self-correction; then the table T1 … T6 and the curves. Everything lies in out/demo afterwards, and the models work in
+# generate.py:
 #     python generate.py --model out/demo/t5/latest --style base --instruction "" --question "What is the least common multiple of 36 and 87?"
 # --quick: a few minutes, small rounds, to see that it works. --hard: a cold start on programs most of which do not run.
 # --seed N: another seed. The same command continues a run that was stopped.
@@ -61,7 +62,7 @@ stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_
 join
 code_rl() { # stage, model, further options
     stage "$1" python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/$2" "${STYLE[@]}" "${RUN[@]}" \
-        "${RL[@]}" "${CODE[@]}" --sandbox_log "$OUT/$2.executions.jsonl" --sandbox_log_mode cache "${@:3}"
+        "${RL[@]}" "${CODE[@]}" "${@:3}"
 }
 together code_rl trajectory-rl t4 --branches 0
 code_rl hierarchical-rl t5 --branches 8

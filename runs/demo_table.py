@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from thor import config  # noqa: E402
-from thor.metrics import bootstrap, plot  # noqa: E402
+from thor.metrics import bootstrap, cell, plot  # noqa: E402
 from thor.data import read_trajectories  # noqa: E402
 
 # Row -> (model, corrections). T6 is T5 with self-correction at inference.
@@ -110,14 +110,6 @@ def table(out: Path, temperature: str, rows: dict[str, tuple[str, int]]) -> str:
         cells = [accuracy_of(metrics), metrics["execution_pass_rate"], metrics["correct_if_all_ran"], metrics["correct_if_some_failed"]]
         lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
-
-
-def cell(metric: dict) -> str:
-    """value [low, high], and n for a rate over something else than problems."""
-    if metric["value"] is None:
-        return "–"
-    number = f", n = {metric['n']}" if "n" in metric else ""
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]{number}"
 
 
 def differences(out: Path, temperature: str, rows: dict[str, tuple[str, int]], pairs: tuple[tuple[str, str], ...]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from thor import config  # noqa: E402
+from thor.metrics import cell  # noqa: E402
 
 ROWS = {"SmolLM2-135M-Instruct": "before", "after the cold start": "cold-start", "after RL": "rl"}
 COLUMNS = {"accuracy": "avg@", "code ratio": "code_ratio", "execution pass rate": "execution_pass_rate",
@@ -50,14 +51,6 @@ def table(out: Path) -> str:
         cells = [metrics[next(key for key in metrics if key.startswith(prefix))] for prefix in COLUMNS.values()]
         lines.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
-
-
-def cell(metric: dict) -> str:
-    """value [low, high], and n for a rate over something else than problems."""
-    if metric["value"] is None:
-        return "–"
-    number = f", n = {metric['n']}" if "n" in metric else ""
-    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]{number}"
 
 
 if __name__ == "__main__":

@@ -149,6 +149,18 @@ def test_the_thoughts_of_a_critic_that_thinks_first_are_no_part_of_its_answer():
     assert asyncio.run(critic.solvable(STEP)) is True
 
 
+def test_a_step_that_leaves_no_room_for_an_answer_is_no_missing_verdict():
+    class Full(ScriptedClient):
+        async def complete(self, request: Request) -> Completion:
+            return Completion("", "length")
+
+    for question in (LMCritic(Full(), 5, CriticOptions(), str).solvable(STEP),
+                     LMCritic(Full(), 5, CriticOptions(), str).rewrite(STEP, None)):
+        with pytest.raises(Unusable) as refused:
+            asyncio.run(question)
+        assert refused.value.fault == "too_long"
+
+
 def test_a_prompt_can_be_changed_but_not_without_the_step():
     client = ScriptedClient("YES")
     asyncio.run(LMCritic(client, 5, CriticOptions("Code for {step}?"), "<{}>".format).solvable(STEP))

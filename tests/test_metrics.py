@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from thor.metrics import MetricsLog, bootstrap, cut_after, pass_at_k, plot
+from thor.metrics import MetricsLog, bootstrap, cell, cut_after, pass_at_k, plot
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -100,3 +100,9 @@ def test_two_runs_of_the_same_name_are_two_curves(tmp_path):
     plot(runs, tmp_path / "both.png")
     plot(runs[1:], tmp_path / "second.png")
     assert (tmp_path / "both.png").read_bytes() != (tmp_path / "second.png").read_bytes()
+
+
+def test_a_tables_cell_has_value_interval_and_what_it_is_a_share_of():
+    rate = {"value": 0.5, "low": 0.25, "high": 0.7504}
+    assert cell(rate) == "0.500 [0.250, 0.750]" and cell(rate | {"n": 8}) == "0.500 [0.250, 0.750], n = 8"
+    assert cell({"value": None, "low": None, "high": None, "n": 0}) == "–"

@@ -50,6 +50,7 @@ def ask(answer: Callable[[int], Reply], *codes: str, **options) -> tuple[list[Ex
     (result(stdout=None, stderr=None), "silent", "", "(no output: print the result)"),
     (result("Failed", code=1, stdout="1\n", stderr="Traceback\nNameError: x\n\n"), "error", "1\n", "NameError: x"),
     (result("Failed", code=3), "error", "", "exit code 3"),
+    (result("Failed", code=1, stdout="a\ud800", stderr="E\ud800"), "error", "a?", "E?"),
     (result("Failed", code=1, stderr="Traceback\nMemoryError\n"), "memory", "", "MemoryError"),
     (result("Failed", "TimeLimitExceeded", None, None, None), "timeout", "", "TimeoutError: exceeded 2 s"),
     (result(stdout="x" * 219_264), "output-limit", "x" * 1000, "OutputLimitError: more than 1000 bytes"),
@@ -188,6 +189,8 @@ def test_urls_on_the_command_line_are_separated_by_commas():
     sandbox = open_sandbox("http://a:1,https://b/x/", cpu_seconds=5)
     assert isinstance(sandbox, RemoteSandbox) and sandbox.urls == ["http://a:1", "https://b/x/"]
     assert sandbox.run_seconds == 10
+    with pytest.raises(ValueError, match="cache needs --sandbox local"):
+        open_sandbox("http://a:1", log="log", log_mode="cache")
     with pytest.raises(ValueError, match="http://a,b: "):
         open_sandbox("http://a,b")
 

@@ -223,6 +223,20 @@ def test_an_output_that_would_break_out_of_its_block_cannot_be_trained_on():
     assert written_trajectory(TEMPLATE, PROBLEM, 0, "No code.", [block], ended=True) is None
 
 
+def test_a_text_that_ends_with_an_output_ends_with_its_line():
+    """As at inference, where the observation's newline is there before the EOS is sampled."""
+    block = Block("print(2)", Execution("ok", "2\n", "", 0.0))
+    made = written_trajectory(TEMPLATE, PROBLEM, 0, f"Two.\n{block.text}\n", [block], ended=True)
+    observed = [span for span in made.spans if span.kind == OBSERVE]
+    assert TEMPLATE.decode(made.response_ids[observed[0].start:observed[0].end]) == "\n```output\n2\n```\n"
+
+
+def test_a_step_that_begins_within_a_line_keeps_its_distance():
+    actor = ScriptedActor(Completion("Look:", "length"), stop(f" {STEP}"), eos(LAST))
+    made = run_try(actor, language_critic("NO", "YES", REWRITE, "NO")[1])
+    assert made.trajectory.text == f"Look: {LOGIC}\n{BLOCK}{LAST}"
+
+
 def test_a_box_that_a_program_prints_is_no_answer():
     block = Block("print(box(84))", Execution("ok", "\\boxed{84}\n", "", 0.0))
     assert written_trajectory(TEMPLATE, PROBLEM, 0, f"{block.text}Well.", [block], ended=True).boxed is None
@@ -465,6 +479,10 @@ def test_other_settings_or_problems_are_never_mixed_into_a_directory(world, whol
         prompt = tmp_path / "prompt.txt"
         prompt.write_text("Do {step}.")
         call(world, whole, "--rewrite_prompt", str(prompt))
+    with pytest.raises(ValueError, match="actor_texts was"):
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text((world / "texts.jsonl").read_text() + "\n")
+        call(world, whole, "--actor_texts", str(texts))
     others = tmp_path / "others.jsonl"
     others.write_text((world / "problems.jsonl").read_text().replace("What is", "Say what is"))
     with pytest.raises(ValueError, match="another problem"):

@@ -17,6 +17,14 @@ BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_CHUNK = 500  # draws at a time, which bounds the memory
 
 
+def cell(metric: dict) -> str:
+    """A metric as a table shows it: value [low, high], and n for a rate over something else than problems."""
+    if metric["value"] is None:
+        return "–"
+    number = f", n = {metric['n']}" if "n" in metric else ""
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]{number}"
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased chance that at least one of k samples is right: 1 − C(n−c, k) / C(n, k)  (method, section 6)."""
     if not 0 < k <= num_samples:
