@@ -1,5 +1,6 @@
 """TIRGen's filters: each stage drops texts that no other objects to; what balancing leaves; the funnel's arithmetic."""
 
+import itertools
 import math
 import random
 from collections import Counter
@@ -100,7 +101,7 @@ def test_a_problem_that_text_alone_solves_every_time_is_dropped_by_the_third_sta
 @pytest.mark.parametrize("prose, balanced", [
     ("", True), ("It costs $5.", True), ("It costs $5 and $7, so $12.", True), ("$x$ costs $5.", True),
     ("It costs $5. Let $x$ be more.", True), ("We have $$x = 1$$ here.", True), ("$ x $ is fine.", True),
-    ("A price of \\$ or \\$x.", True), ("The $n$th term of $a$.", True), ("The $3$rd is $10$cm.", True), ("$5x + 1$ is odd.", True),
+    ("A price of \\$ or \\$x.", True), ("The $n$th term of $a$.", True), ("The $3$rd is it.", True), ("It is $10$cm.", True), ("$5x + 1$ is odd.", True),
     ("Let $x be.", False), ("Let $x$ and $y be.", False), ("It costs $5 and let $x be.", False), ("cost$", False),
     ("$$x = 1$", False)])
 def test_dollars_come_in_pairs_unless_they_are_money(prose, balanced):
@@ -242,3 +243,10 @@ def test_the_picture_is_drawn_with_and_without_survivors(tmp_path):
     for name, each in (("some", report()), ("none", nothing)):
         funnel.draw(each, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_trivial_blocks_is_that_of_all_blocks_in_whatever_order():
+    """The filter stops parsing early; the plain count does not."""
+    for codes in itertools.product(["print(1)", "import math\nprint(math.pi)"], repeat=4):
+        too_many = sum(map(is_trivial, codes)) > 0.4 * len(codes)
+        assert quality_reason(list(codes), 0.4) == ("trivial_code" if too_many else None)
