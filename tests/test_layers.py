@@ -19,7 +19,8 @@ LAYERS = {
     "isolation": set(),
     "landlock": {"isolation"},
     "sandbox_child": {"isolation", "landlock"},
-    "sandbox_server": {"isolation", "sandbox_child"},  # the warm parent that forks: nothing else of ours gets into what it forks
+    "sandbox_warm": set(),
+    "sandbox_server": {"isolation", "sandbox_child", "sandbox_warm"},  # the warm parent that forks: nothing else of ours gets into what it forks
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
     "sandbox_http": {"trajectory"},

@@ -26,6 +26,8 @@ ROW_BLOCK = 8
 QUERY_BLOCK = 4
 # A product splits a longer sum into parts whose sizes depend on its length, and that is the longest mate's.
 VALUE_BLOCK = 128
+# Single tokens this many slots apart still share a product: to compute and forget a few slots costs less than one more.
+MAX_GAP = 8
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,13 @@ def cached_slow(cache: KVCache, rows: list[Row]) -> Attend:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows that one product computes: `num_slots` neighbouring slots with `count` new tokens each."""
+    """Rows that one product computes: single tokens of `num_slots` slots in a line, or all new tokens of one slot.
 
-    tokens: slice
+    `places` says which of the slots have a row here; the others are computed like them and forgotten.
+    """
+
+    tokens: Tensor  # [rows], where in the stream
+    places: Tensor | None  # [rows], None if every slot of the piece has its row
     heads: slice
     num_slots: int
     count: int
@@ -88,14 +94,14 @@ class _Piece:
 def cached(cache: KVCache, rows: list[Row], num_heads: int) -> Attend:
     """Attention over a cache for one step; the stream is `rows` in order of slot, then padding up to any length.
 
-    Single tokens in neighbouring slots share one product over a view of the cache; a row with several new tokens (a
+    Single tokens in slots near one another share one product over a view of the cache; a row with several new tokens (a
     prompt, an observation) is a product of its own. Padding tokens get zeros.
     """
     device = cache.keys.device
     slots = torch.tensor([row.slot for row in rows for _ in range(row.count)], device=device)
     positions = torch.tensor([row.start + i for row in rows for i in range(row.count)], device=device)
     group = num_heads // cache.num_kv_heads
-    pieces = [_piece(cache, run, token, group) for token, run in _runs(rows)]
+    pieces = [_piece(cache, run, tokens, group) for run, tokens in _runs(rows)]
 
     def attend(layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         cache.write(layer, slots, positions, k_TKD[: len(slots)], v_TKD[: len(slots)])
@@ -110,25 +116,33 @@ def cached(cache: KVCache, rows: list[Row], num_heads: int) -> Attend:
     return attend
 
 
-def _runs(rows: list[Row]) -> list[tuple[int, list[Row]]]:
-    """Rows cut into (first token, run): single-token rows in neighbouring slots run together."""
-    runs: list[tuple[int, list[Row]]] = []
+def _runs(rows: list[Row]) -> list[tuple[list[Row], list[int]]]:
+    """Rows cut into runs, each with its tokens' places in the stream: single tokens whose slots are at most MAX_GAP
+    apart run together, whatever lies between; a row with several tokens is a run of its own."""
+    runs: list[tuple[list[Row], list[int]]] = []
+    singles: tuple[list[Row], list[int]] = ([], [])
     token = 0
     for row in rows:
-        last = runs[-1][1][-1] if runs else None
-        if last and last.count == row.count == 1 and last.slot + 1 == row.slot:
-            runs[-1][1].append(row)
-        else:
-            runs.append((token, [row]))
+        tokens = list(range(token, token + row.count))
         token += row.count
+        if row.count > 1:
+            runs.append(([row], tokens))
+            continue
+        if not singles[0] or row.slot - singles[0][-1].slot > MAX_GAP:
+            runs.append(singles := ([], []))
+        singles[0].append(row)
+        singles[1].extend(tokens)
     return runs
 
 
-def _piece(cache: KVCache, run: list[Row], token: int, group: int) -> _Piece:
-    first, count, heads = run[0], run[0].count, cache.num_kv_heads
+def _piece(cache: KVCache, run: list[Row], tokens: list[int], group: int) -> _Piece:
+    first, count, heads = run[0].slot, run[0].count, cache.num_kv_heads
+    num_slots = run[-1].slot - first + 1
     num_keys = round_up(max(row.start + row.count for row in run), KEY_BLOCK)
     device = cache.keys.device
-    starts = torch.tensor([row.start for row in run], device=device)
+    places = torch.tensor([row.slot - first for row in run], device=device)
+    starts = torch.zeros(num_slots, dtype=torch.int64, device=device)
+    starts[places] = torch.tensor([row.start for row in run], device=device)
     # Query rows of a head come token by token, G heads each; a single token's rows all see the same keys.
     offsets = torch.arange(count, device=device).repeat_interleave(group if count > 1 else 1)
     last_seen = starts[:, None] + offsets  # [num_slots, query rows]
@@ -136,15 +150,18 @@ def _piece(cache: KVCache, run: list[Row], token: int, group: int) -> _Piece:
     bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
     missing = -(count * group) % QUERY_BLOCK if count > 1 else 0
     bias = F.pad(bias, (0, 0, 0, missing)).to(cache.keys.dtype)
-    if len(run) > 1:  # one slot's bias is the same for all its heads and broadcasts
+    if num_slots > 1:  # one slot's bias is the same for all its heads and broadcasts
         bias = bias.repeat_interleave(heads, dim=0)  # [num_slots * K, ...], the order of the cache
-    slots = slice(first.slot * heads, (first.slot + len(run)) * heads)
-    return _Piece(slice(token, token + len(run) * count), slots, len(run), count, num_keys, bias)
+    slots = slice(first * heads, (first + num_slots) * heads)
+    return _Piece(torch.tensor(tokens, device=device), places if len(run) < num_slots else None, slots, num_slots, count,
+                  num_keys, bias)
 
 
 def _mix(q_THD: Tensor, keys: Tensor, values: Tensor, piece: _Piece, group: int) -> Tensor:
-    """softmax(q kᵀ) v for one piece. q [num_slots * count, H, D]; keys and values [num_slots * K, P, D]."""
-    head_dim = q_THD.shape[-1]
+    """softmax(q kᵀ) v for one piece. q [rows * count, H, D]; keys and values [num_slots * K, P, D]."""
+    num_heads, head_dim = q_THD.shape[1:]
+    if piece.places is not None:
+        q_THD = q_THD.new_zeros(piece.num_slots, num_heads, head_dim).index_copy_(0, piece.places, q_THD)
     q = q_THD.view(piece.num_slots, piece.count, -1, group, head_dim).transpose(1, 2)  # [slots, K, count, G, D]
     q = q.reshape(keys.shape[0], piece.count * group, head_dim)
     rows = q.shape[1]
@@ -156,7 +173,8 @@ def _mix(q_THD: Tensor, keys: Tensor, values: Tensor, piece: _Piece, group: int)
         block = slice(start, start + VALUE_BLOCK)
         mixed = mixed.baddbmm_(probs[..., block], values[:, block])
     mixed = mixed[:, :rows].view(piece.num_slots, -1, piece.count, group, head_dim).transpose(1, 2)
-    return mixed.reshape(q_THD.shape)
+    mixed = mixed.reshape(-1, num_heads, head_dim)
+    return mixed if piece.places is None else mixed[piece.places]
 
 
 def feed(model: Decoder, cache: KVCache, rows: list[Row], ids: list[int], exact: bool) -> Tensor:

@@ -10,7 +10,6 @@ Frames on the control socket: 4 bytes of length, then JSON. In: {"id", "code"}. 
 {"id", "outcome", "stdout", "error", "seconds"}.
 """
 
-import gc
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from thor.isolation import HOME, PidNamespaces, become_first_process, enter_view
 from thor.sandbox_child import (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Confinement, Limits, Newborn, Tier,
                                 choose_tier, clear, plan_confinement, prctl, remove, run_child)
+from thor.sandbox_warm import warm_up
 
 READ_BYTES = 1 << 16
 STDERR_TAIL = 8192  # bytes of stderr that are kept: its last line is what a failure shows
@@ -95,23 +95,6 @@ def forget_ourselves() -> None:
     os.chdir("/")
     for name in [name for name in sys.modules if name.partition(".")[0] == "thor"]:
         del sys.modules[name]
-
-
-def warm_up() -> None:
-    """Import what snippets import, let sympy fill its caches, seed; freeze it all, so that forks share the pages."""
-    import fractions, itertools, math, statistics  # noqa: E401, F401
-
-    import numpy
-    import sympy
-    import sympy.core.random
-
-    x = sympy.symbols("x")
-    str(sympy.factor(x**4 - 1)), sympy.solve(x**2 - x - 1, x), sympy.primerange(2, 50), sympy.divisor_sigma(28)
-    sympy.factorint(360), sympy.simplify((x**2 - 1) / (x - 1)), sympy.integrate(x**2, x), numpy.linalg.inv(numpy.eye(2))
-    numpy.random.seed(0)
-    sympy.core.random.seed(0)
-    gc.collect()
-    gc.freeze()
 
 
 class Server:
