@@ -215,9 +215,10 @@ async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[
         "trajectory/groups_too_old": len(carried) - len(run.state.carried)}
     metrics |= step_metrics(branches, len(failures), run.template) | grown.counts | updates | evaluation
     counts, runs = tools.engine.counts, all_executions(drawn + branches)
-    return metrics, {"time/sample": sampled - started, "time/train": time.perf_counter() - sampled,
-                     "time/execute": sum(run.seconds for run in runs), "executions": len(runs),
-                     "engine/sampled": counts.sampled, "engine/fed": counts.fed, "engine/evicted": counts.evicted}
+    return metrics, {"time/sample": counts.seconds, "time/execute": sampled - started - counts.seconds,
+                     "time/train": time.perf_counter() - sampled, "sandbox/seconds": sum(run.seconds for run in runs),
+                     "sandbox/executions": len(runs), "engine/sampled": counts.sampled, "engine/fed": counts.fed,
+                     "engine/evicted": counts.evicted}
 
 
 def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, Groups]:
@@ -492,7 +493,7 @@ def show(bar: tqdm, metrics: dict[str, float | None], timing: dict[str, float]) 
     """One round further on the progress line."""
     short = {"accuracy": metrics["trajectory/accuracy"], "pass": metrics["trajectory/pass_rate"],
              "branch pass": metrics["step/pass_rate"], "groups": metrics["trajectory/groups_used"]}
-    rate = timing["engine/sampled"] / max(timing["time/sample"], 1e-9)
+    rate = timing["engine/sampled"] / max(timing["time/sample"] + timing["time/execute"], 1e-9)
     bar.set_postfix({name: "–" if value is None else f"{value:.3g}" for name, value in short.items()} | {
         "tokens/s": f"{rate:.0f}"}, refresh=False)
     bar.update()

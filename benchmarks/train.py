@@ -34,7 +34,7 @@ from thor.weights import load_model  # noqa: E402
 class Options:
     """One flag a field."""
 
-    sequences: int = option(8, "sequences of a batch, 50 to 400 tokens long, the first quarter of each a prompt")
+    sequences: int = option(8, "sequences of a batch, evenly from 50 to 400 tokens long, the first quarter of each a prompt")
     vocabulary: int = option(49152, "entries of the vocabulary, SmolLM2's by default")
     repeats: int = option(3, "measurements of each side, interleaved")
     threads: int = option(1, "CPU threads")
@@ -80,7 +80,8 @@ def measure(options: Options) -> dict[str, float]:
     """CPU seconds of one forward and backward pass after a first one, peak memory above the model's in MB, and the loss."""
     torch.set_num_threads(options.threads)
     rng = random.Random(0)
-    sequences = [[rng.randrange(options.vocabulary) for _ in range(rng.randint(50, 400))] for _ in range(options.sequences)]
+    lengths = torch.linspace(50, 400, options.sequences).int().tolist()
+    sequences = [[rng.randrange(options.vocabulary) for _ in range(length)] for length in lengths]
     step = packed_step(options, sequences) if options.side == "packed" else padded_step(options, sequences)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     loss = step()

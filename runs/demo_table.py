@@ -26,6 +26,7 @@ DIFFERENCES = (("T3 + self-correction", "T3 = T1 + cold start"), ("T4 = T3 + tra
 # The hard variant's further rows: trajectory RL at equal wall-clock.
 LONG_ROWS = {"T4-long = T4, for as long as T5 took": ("t4-long", 0), "T4-long + self-correction": ("t4-long", 4)}
 LONG_DIFFERENCES = (("T5 = T3 + hierarchical RL", "T4-long = T4, for as long as T5 took"),)
+TIMES = {"time/sample": "sampling", "time/execute": "executing", "time/train": "training"}
 CURVES = ("trajectory/accuracy", "trajectory/pass_rate", "trajectory/correct_if_all_ran", "step/pass_rate")
 
 
@@ -51,6 +52,7 @@ def main(options: Options) -> None:
     for temperature in ("1.0", "0.6"):
         parts.append(f"Temperature {temperature}\n\n" + table(out, temperature, rows) + "\n\n"
                      + differences(out, temperature, rows, pairs))
+    parts.append(shares_of_time(out))
     text = "\n\n".join(parts) + "\n"
     (out / "table.md").write_text(text)
     plot([out / "t4", out / "t5"], out / "curves.png", CURVES)
@@ -97,9 +99,24 @@ def accuracy_of(metrics: dict[str, dict]) -> dict:
 
 def equal_rounds(out: Path) -> int:
     """T4's rounds, so many more that all of them together take the time of T5's."""
-    times = {name: [sum(line[key] for key in ("time/sample", "time/train")) for line in map(
-        json.loads, (out / name / "timing.jsonl").read_text().splitlines())] for name in ("t4", "t5")}
+    times = {name: [sum(line[key] for key in TIMES) for line in timing_of(out / name)] for name in ("t4", "t5")}
     return max(len(times["t4"]), round(len(times["t4"]) * sum(times["t5"]) / sum(times["t4"])))
+
+
+def shares_of_time(out: Path) -> str:
+    """Where the time of the RL rounds went."""
+    lines = []
+    for name in ("t4", "t5"):
+        seconds = {what: sum(line[key] for line in timing_of(out / name)) for key, what in TIMES.items()}
+        total = sum(seconds.values())
+        lines.append(f"{name.upper()}: {total:.0f} s of rounds, " + ", ".join(
+            f"{what} {part / total:.0%}" for what, part in seconds.items()))
+    return "\n".join(lines)
+
+
+def timing_of(directory: Path) -> list[dict[str, float]]:
+    """The lines of a run's timing.jsonl."""
+    return [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
 
 
 def table(out: Path, temperature: str, rows: dict[str, tuple[str, int]]) -> str:

@@ -1,12 +1,17 @@
-"""The demo in small, whole: minutes long, so only with -m slow."""
+"""The demo in small, whole (minutes long, so only with -m slow), and what its table counts."""
 
+import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "runs"))
+
+import demo_table  # noqa: E402
 
 
 @pytest.mark.slow
@@ -20,3 +25,27 @@ def test_the_quick_demo_runs_every_stage_and_prints_the_table():
 def test_an_unknown_option_is_one_sentence_and_exit_code_2():
     done = subprocess.run(["bash", "runs/demo.sh", "--nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "--nonsense is not an option" in done.stderr
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """T4: 3 rounds of 2 s; T5: 3 rounds of 5 s."""
+    for name, seconds in (("t4", (1.0, 0.5, 0.5)), ("t5", (3.0, 1.5, 0.5))):
+        line = dict(zip(("time/sample", "time/execute", "time/train"), seconds, strict=True)) | {"sandbox/seconds": 99.0}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "timing.jsonl").write_text(f"{json.dumps(line)}\n" * 3)
+    return tmp_path
+
+
+def test_equal_wall_clock_is_as_many_more_rounds_as_fit_into_the_other_runs_time(two_runs):
+    assert demo_table.equal_rounds(two_runs) == round(3 * 15 / 6)
+
+
+def test_the_time_of_the_rounds_is_shared_out_and_adds_up(two_runs):
+    assert demo_table.shares_of_time(two_runs) == ("T4: 6 s of rounds, sampling 50%, executing 25%, training 25%\n"
+                                                   "T5: 15 s of rounds, sampling 60%, executing 30%, training 10%")
+
+
+def test_means_over_seeds_stand_beside_each_seeds_value_and_what_is_missing_is_a_dash():
+    assert demo_table.mean_cell([0.25, 0.75]) == "0.500 (0.250, 0.750)"
+    assert demo_table.mean_cell([0.25, None]) == "–"

@@ -73,9 +73,11 @@ def test_only_outputs_are_left_out_of_the_cold_start(tokenizer, world):
 def test_no_text_of_the_base_model_is_a_tool_integrated_solution(tmp_path):
     toy.main(toy.ToyOptions(out=str(tmp_path), num_texts=80, num_solutions=22, num_problems=22, num_held_out=11))
     records = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    solved = [record for record in records if "\\boxed" in record["response"]]
-    assert 40 <= len(solved) < 80 and not any("```" in record["response"] for record in solved)
     assert any("```python" in record["response"] for record in records)
+    assert any("```output" in record["question"] for record in records)
+    for record in records:  # no output in what it writes, no problem before what it programs
+        assert "```output" not in record["response"]
+        assert "```" not in record["response"] or record["question"].startswith("Write a program for")
 
 
 def test_a_sentence_gives_its_task_back(world):

@@ -49,9 +49,10 @@ class Sequence:
 
 @dataclass
 class Counts:
-    """What the engine did, in tokens unless the name says otherwise."""
+    """What the engine did, in tokens unless the name says otherwise; `seconds` of its steps, by the clock."""
 
     steps: int = 0
+    seconds: float = 0.0
     fed: int = 0
     sampled: int = 0
     copied: int = 0
@@ -206,6 +207,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Feed every waiting sequence that has (or gets) a slot, and sample one token where nothing is left to feed."""
+        started = time.perf_counter()
         admitted = self._admit()
         batch = [request for request in admitted if self._to_feed(request) > 0]
         fed = [min(self._to_feed(request), self.chunk_tokens) for request in batch]
@@ -220,6 +222,7 @@ class Engine:
             if request.limit == len(request.sequence.ids) and request.unseen <= 1:
                 self._finish(request, "length")
         self.counts.steps += 1
+        self.counts.seconds += time.perf_counter() - started
 
     def _to_feed(self, request: _Request) -> int:
         """Unseen tokens, less the last one when no token is wanted after them (a prefill)."""

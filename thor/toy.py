@@ -327,14 +327,15 @@ def write_problems(path: Path, found: list[ToyProblem]) -> None:
 
 
 def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, place: int) -> dict[str, str]:
-    """What the base model reads, by turns: a problem solved by text alone, a program (half), an output whose number is
-    boxed. No tool-integrated solution is among them."""
+    """What the base model reads, by turns: a problem solved by text alone, two programs whose result the request names,
+    a program with its output and the question what the answer is. No tool-integrated solution is among them."""
     step, result = problem.steps[0], problem.results[0]
     if place % 4 == 0:
         return {"question": problem.question, "response": text_solution(problem)}
+    code, answer = code_block(step, rng, fixed_names), f"The answer is \\boxed{{{result}}}."
     if place % 4 < 3:
-        return {"question": f"Write a program for {step.goal}.", "response": code_block(step, rng, fixed_names)}
-    return {"question": f"What is the answer?\n```output\n{result}\n```\n", "response": f"The answer is \\boxed{{{result}}}."}
+        return {"question": f"Write a program for {step.goal}. It prints {result}.", "response": code + answer}
+    return {"question": f"What is the answer?\n{code}```output\n{result}\n```\n", "response": answer}
 
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:
@@ -348,7 +349,7 @@ def write_model(directory: Path, seed: int) -> None:
     """An untrained Llama of half a million parameters with the world's tokenizer, as a Hugging Face directory."""
     tokenizer = make_tokenizer()
     shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=512,
                         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(seed)
