@@ -73,9 +73,10 @@ def random_steps(rng: random.Random, lengths: list[int], slots: list[int], chunk
 def test_cached_attention_equals_its_slow_twin(shape):
     heads, kv_heads, head_dim = shape
     config, rng = model_of(shape).config, random.Random(0)
-    fast, slow = (KVCache(config, 8, 100, torch.float32, torch.device("cpu")) for _ in range(2))
+    fast, slow = (KVCache(config, 32, 100, torch.float32, torch.device("cpu")) for _ in range(2))
     torch.manual_seed(0)
-    for step in random_steps(rng, [100, 3, 60, 80, 41], [6, 0, 1, 2, 5], chunk=30):
+    slots = [6, 0, 1, 2, 5, 20, 31]  # neighbours, near ones with a gap between them, and far ones
+    for step in random_steps(rng, [100, 3, 60, 80, 41, 20, 50], slots, chunk=30):
         rows = [row for _, row in step]
         tokens = sum(row.count for row in rows)
         for layer in range(2):

@@ -139,13 +139,13 @@ class Engine:
 
         If not, trajectories are still exact samples with exact log-probs, but they are not repeatable across batches.
         """
-        alone = [[Row(0, 0, 81)]]
+        alone = [[Row(0, 0, 146)]]  # of 192 keys that a product reads, while in the last step there are 256
         mixed = [[Row(0, 0, 1), Row(2, 0, 33), Row(3, 0, 5)],
-                 [Row(0, 1, 1), Row(2, 33, 47)],
-                 [Row(0, 2, 1), Row(1, 0, 1), Row(2, 80, 1), Row(3, 5, 1)]]
+                 [Row(0, 1, 1), Row(2, 33, 112)],
+                 [Row(0, 2, 1), Row(1, 0, 1), Row(2, 145, 1), Row(3, 250, 1)]]
         last = []
         for steps, slot in ((alone, 0), (mixed, 2)):
-            cache = KVCache(self.model.config, 4, 96, self.cache.keys.dtype, self.device)
+            cache = KVCache(self.model.config, 4, 256, self.cache.keys.dtype, self.device)
             for rows in steps:
                 tokens = [31 * (row.start + i) % self.model.config.vocab_size for row in rows for i in range(row.count)]
                 hidden = feed(self.model, cache, rows, tokens, self.exact)
