@@ -27,7 +27,8 @@ LAYERS = {
     "sandbox_log": {"trajectory"},
     "sandbox": {"sandbox_child", "sandbox_http", "sandbox_log", "trajectory"},  # for Limits and Execution
     "template": {"trajectory"},
-    "reward": {"trajectory"},
+    "answers": set(),
+    "reward": {"answers", "trajectory"},
     "filters": {"reward", "trajectory"},  # which box counts is the reward's to say
     "rl_metrics": {"template", "trajectory"},
     "data": {"template", "trajectory"},
