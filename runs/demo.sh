@@ -8,7 +8,7 @@
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo SLOPPY=0.3 ROUNDS=24 HELD_OUT=400 TEXTS=6400 SOLUTIONS=8000 TIRGEN=2400 PROBLEMS=32 HARD=0
+SEED=0 NAME=demo SLOPPY=0.25 ROUNDS=20 HELD_OUT=400 TEXTS=9600 SOLUTIONS=9600 TIRGEN=2400 PROBLEMS=32 HARD=0
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
@@ -28,7 +28,7 @@ RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_pe
     --nll_weight 1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 128 --save_every 4 --seed "$SEED")
 CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 8)
-TEACH=(--critic scripted:toy --actor_instruction "" --temperature 1 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
+TEACH=(--critic scripted:toy --actor_instruction "" --temperature 0.6 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
 mkdir -p "$OUT"
@@ -64,22 +64,23 @@ code_rl() { # stage, model, further options
     stage "$1" python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/$2" "${STYLE[@]}" "${RUN[@]}" \
         "${RL[@]}" "${CODE[@]}" "${@:3}"
 }
-together code_rl trajectory-rl t4 --branches 0
-code_rl hierarchical-rl t5 --branches 8
-join
-if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step level took
-    [ -d "$OUT/t4-long" ] || { rm -rf "$OUT/t4-copy"; cp -r "$OUT/t4" "$OUT/t4-copy"; mv "$OUT/t4-copy" "$OUT/t4-long"; }
-    code_rl trajectory-rl-longer t4-long --branches 0 --rounds "$(python runs/demo_table.py --out "$OUT" --equal_rounds)"
-fi
-
 evaluate() { # model, temperature, corrections
     local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
     stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
         "${RUN[@]}" "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
 }
-half() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
-together half t1-0 t4-0 t4-4 t5-0
-half t2-0 t3-0 t3-4 t5-4
+evaluate_all() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
+trajectory_lane() { # the step level takes longer: meanwhile all that does not need it is evaluated
+    code_rl trajectory-rl t4 --branches 0
+    evaluate_all t1-0 t2-0 t3-0 t3-4 t4-0 t4-4
+}
+together trajectory_lane
+code_rl hierarchical-rl t5 --branches 8
+evaluate_all t5-0 t5-4
 join
-[ "$HARD" = 0 ] || half t4-long-0 t4-long-4
+if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step level took
+    [ -d "$OUT/t4-long" ] || { rm -rf "$OUT/t4-copy"; cp -r "$OUT/t4" "$OUT/t4-copy"; mv "$OUT/t4-copy" "$OUT/t4-long"; }
+    code_rl trajectory-rl-longer t4-long --branches 0 --rounds "$(python runs/demo_table.py --out "$OUT" --equal_rounds)"
+    evaluate_all t4-long-0 t4-long-4
+fi
 python runs/demo_table.py "$OUT"
