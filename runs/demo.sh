@@ -50,12 +50,23 @@ join() { wait "$BESIDE" || exit 2; BESIDE=; }
 BESIDE=
 trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null' EXIT
 
+evaluate() { # model, temperature, corrections
+    local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
+    stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
+        "${RUN[@]}" "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
+}
+evaluate_all() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
+
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
     --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --sloppy "$SLOPPY"
 head -n 64 "$OUT/tune.jsonl" > "$OUT/eval.jsonl"
 stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
-together stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \
-    "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
+text_lane() {
+    stage text-rl python train_rl.py --model "$OUT/t1/latest" --problems "$OUT/train.jsonl" --out "$OUT/t2" \
+        "${STYLE[@]}" "${RUN[@]}" "${RL[@]}" --rounds $((ROUNDS / 2)) --max_code_rounds 0 --branches 0
+    evaluate_all t1-0 t2-0
+}
+together text_lane
 stage tirgen python tirgen.py --actor "$OUT/t1/latest" --problems "$OUT/tirgen.jsonl" --out "$OUT/tirgen" "${STYLE[@]}" "${RUN[@]}" "${TEACH[@]}"
 stage mix python runs/demo_mix.py "$OUT"
 stage cold-start python train_sft.py --model "$OUT/t1/latest" --data "$OUT/cold_start.jsonl" --out "$OUT/t3" "${STYLE[@]}" "${SFT[@]}"
@@ -64,15 +75,9 @@ code_rl() { # stage, model, further options
     stage "$1" python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/$2" "${STYLE[@]}" "${RUN[@]}" \
         "${RL[@]}" "${CODE[@]}" "${@:3}"
 }
-evaluate() { # model, temperature, corrections
-    local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0
-    stage "evaluate-$1-$2-$3" python evaluate.py --model "$OUT/$1/latest" --benchmark "$OUT/held-out.jsonl" "${STYLE[@]}" \
-        "${RUN[@]}" "${SOLVE[@]}" --temperature "$2" --max_corrections "$3" --max_code_rounds $rounds --out "$OUT/$1-$2-$3.json"
-}
-evaluate_all() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
 trajectory_lane() { # the step level takes longer: meanwhile all that does not need it is evaluated
     code_rl trajectory-rl t4 --branches 0
-    evaluate_all t1-0 t2-0 t3-0 t3-4 t4-0 t4-4
+    evaluate_all t3-0 t3-4 t4-0 t4-4
 }
 together trajectory_lane
 code_rl hierarchical-rl t5 --branches 8
