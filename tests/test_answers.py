@@ -19,7 +19,7 @@ RULES = {
         (r"[\begin{array}{cc}1&2\end{array}]", r"[\begin{array}{c}1\\2\end{array}]"),
         (r"|\begin{array}{cc}1&0\\0&5\end{array}|", r"(\begin{array}{cc}1&0\\0&5\end{array})"),
         (r"|\begin{array}{cc}1&0\\0&5\end{array}|", r"\begin{pmatrix}1&0\\0&5\end{pmatrix}"),
-        (r"[\begin{array}{cc|c}1&0&2\end{array}]", r"\begin{pmatrix}1&0&3\end{pmatrix}"),
+        (r"[\begin{array}{cc|c}1&0&2\end{array}]", r"\begin{pmatrix}1&0&2\end{pmatrix}"),
         (r"\left\{\begin{array}{c}1\\2\end{array}\right.", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (r"\left(\begin{array}{c}5\\2\end{array}\right)", "10"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
     ]),
@@ -66,7 +66,7 @@ RULES = {
     ], [
         ("101_2", "101_3"), ("FF_{16}", "255"), ("a_{12}", "A_{12}"), ("a_1", "A_1"), ("12_5+1", "13"),
         ("n=65_7", "65"),
-        ("12_5", "12_{15}"), ("10_23", "10_{23}"), (r"1101_2", r"1101_{\text{ten}}"), ("n=65_7", "m=65_7"),
+        ("12_5", "12_{15}"), ("10_12", "10_{12}"), (r"1101_2", r"1101_{\text{ten}}"), ("n=65_7", "m=65_7"),
         (r"101_{\text{two}}", "101"), (r"101_{\text{foo}}", "101"), ("-101_2", "-101"), ("101.1_2", "101.1"),
         ("x_{12}", "x_1"), ("32_{b}", "32_{c}"), ("3_{4}5", "35_4"),
     ]),
@@ -82,14 +82,15 @@ RULES = {
         (r"x<\frac13", r"(-\infty,0.333)"), ("x>a", r"(b,\infty)"), (r"x\notin(1,2)", "(1,2)"), ("x>3!", r"(3,\infty)"),
         (r"1<x<2\text{ or }3<x<4", "(1,2),(3,4)"), (r"x\in[1,2]\cup\{5\}", "[1,2]"), (r"x>3\%", r"(3,\infty)"),
         ("x>3 or y<1", r"(-\infty,1)\cup(3,\infty)"), (r"x>0, x\neq 1", r"(0,\infty)"), ("|x|>3", r"(3,\infty)"),
-        ("(1,2)", "(2,1)"), ("[5,2]", "[7,3]"),
+        ("(1,2)", "(2,1)"), ("[5,2]", "[7,3]"), ("[3,2)", "[5,4)"),
     ]),
     "plus or minus": ([
         (r"\pm2i", "2i,-2i"), (r"\{\pm1,\pm2\}", "1,2,-1,-2"), (r"x=2\pm\sqrt3", r"2+\sqrt3,2-\sqrt3"),
         (r"x=\pm2", "x=2,x=-2"), (r"(\pm1,2)", "(1,2),(-1,2)"),
         (r"\frac{1\pm\sqrt5}{2}", r"\frac{1}{2}\pm\frac{\sqrt5}{2}"),
     ], [
-        (r"\pm2", "-2"), (r"1\pm2\pm3", r"1\pm2\pm4"), (r"1\pm2\pm3", "1"), (r"\pm1\pm2", "1,-1"),
+        (r"\pm2", "-2"), (r"1\pm2\pm3", r"1\pm2\pm4"), (r"1\pm2\pm3", "1"), (r"1\pm2\pm3", "6,-4"),
+        (r"\pm1\pm2", "1,-1"),
         (r"\pm1,\pm2", "1,2"),
         (r"(\pm1,2)", "(1,2)"), (r"2\pm\sqrt3", r"\sqrt3\pm2"), (r"5\pm0.1", "5"), (r"x\pm y", "x+y"), (r"\pm0", "0"),
         (r"\pm3\%", r"3\%"), (r"2\pm1", r"2\mp1,x"),
@@ -112,9 +113,11 @@ RULES = {
         (r"\left(\text{C}\right)", "C"), ("(x,y,z)=(1,2,3)", "(1,2,3)"), (r"\text{\$}5.50", "5.5"),
         (r"\emptyset", r"\{ \}"),
     ], [
-        (r"\text{A,D}", "A"), (r"\text{A,D}", "(A,D)"), ("(A,D)", "(D,A)"), ("A,A", "A"), (r"\text{A or D}", "A,D"),
+        (r"\text{A,D}", "A"), (r"\text{A,D}", "(A,D)"), ("(A,D)", "(D,A)"), ("A,A", "A"), ("A,A,B", "A,B,B"),
+        (r"\text{A or D}", "A,D"),
         ("AD", "A,D"), ("A,D", "a,d"), ("(x,y)=(4,1)", "(1,4)"), ("(x,y)=(4,1)", "(y,x)=(4,1)"), (r"2\mathit{x}", "2"),
-        ("(x,y)=(4,1)", "(a,b)=(4,1)"), ("(x,y)=(4,1)", "4,1"), ("(x,y)=(4,1)", "(4,1,0)"), ("x=1,y=2", "(2,1)"),
+        ("(x,y)=(4,1)", "(a,b)=(4,1)"), ("(x,y)=(4,1)", "4,1"), ("(x,y)=(4,1)", "(4,1,0)"),
+        ("(x,y)=(4,1,0)", "(4,1,0)"), ("x=1,y=2", "(2,1)"),
         (r"5\text{-}6", "-1"), (r"\bar{x}", "x"), (r"\mathbf{R}", r"\mathbb{R}"), (r"x_{\text{a}}", r"x_{\text{b}}"),
     ]),
     "small numbers in lists": ([
@@ -192,7 +195,7 @@ def test_exchanging_gold_and_answer_exchanges_the_question():
         assert other == (one if isinstance(one, bool) else one[::-1]), (gold, answer)
 
 
-@pytest.mark.parametrize("piece", ["(", "{", "\\text{", "1,", "1 ", "x>", "a b ", "\\pm", "0.\\overline{", "A, ", "or "])
+@pytest.mark.parametrize("piece", ["(", "{", "\\text{", "1,", "1 ", "x>", "a b ", "\\pm", "0.\\overline{", "A, "])
 def test_degenerate_repetition_is_answered_at_once(piece):
     """That is, at all: a pattern that backtracked for each start and end would not finish 1000 characters."""
     assert isinstance(question("5", (piece * MAX_CHARACTERS)[:MAX_CHARACTERS]), (bool, tuple))

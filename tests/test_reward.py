@@ -192,6 +192,11 @@ def test_what_cannot_be_parsed_is_wrong_and_counted():
         assert not grader.equivalent("5", r"\frac{") and grader.counts.graded == 1
 
 
+def test_infinite_constants_are_compared_without_the_loss_of_a_worker():
+    with Grader(1) as grader:
+        assert not grader.equivalent(r"\frac{1+i}{0}", r"\frac{2+i}{0}") and grader.counts.timeouts == 0
+
+
 def test_grading_works_from_any_thread_and_inside_an_event_loop():
     async def in_loop() -> list[bool]:
         return await asyncio.gather(*(asyncio.to_thread(equivalent, "1/4", text) for text in ("0.25", "0.26", "2/8")))
