@@ -26,7 +26,7 @@ RUN=(--cpu_seconds 1)  # the programs take milliseconds; what loops for ever sho
 SFT=(--epochs 2 --batch 16 --lr 3e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
     --nll_weight 1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
-    --slots 128 --save_every 4 --seed "$SEED")
+    --slots 256 --save_every 4 --seed "$SEED")
 CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 8)
 TEACH=(--critic scripted:toy --actor_instruction "" --temperature 0.6 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
