@@ -8,7 +8,7 @@
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-SEED=0 NAME=demo SLOPPY=0.25 ROUNDS=20 HELD_OUT=400 TEXTS=9600 SOLUTIONS=9600 TIRGEN=2400 PROBLEMS=32 HARD=0
+SEED=0 NAME=demo SLOPPY=0.25 ROUNDS=24 HELD_OUT=400 TEXTS=9600 SOLUTIONS=9600 TIRGEN=2400 PROBLEMS=32 HARD=0
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
