@@ -2,18 +2,21 @@
 
     python generate.py --model DIR --question "What is 17 * 23?"
     python generate.py --model DIR --problems FILE --out FILE --samples 4
+    python generate.py --replay FILE
 
 The first prints one solution with thought, code, output and dropped attempts told apart; the second appends one
-trajectory a line and skips what is there already, so a killed run continues where it was.
+trajectory a line and skips what is there already, so a killed run continues where it was; the third samples such a file
+again, with the settings beside it, and says where it first differs.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,6 +28,7 @@ from thor.checkpoint import write_aside
 from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
 from thor.engine import Engine
+from thor.replay import RecordedSandbox, first_difference, tokens_in_order
 from thor.reward import equivalent
 from thor.rollout import RolloutOptions, Tools, solve_group
 from thor.sampling import Sampling
@@ -39,7 +43,7 @@ MAX_AUTO_SLOTS = 64
 MAX_LOST, MAX_LOST_SHARE = 8, 0.05
 
 # What may differ between the two halves of an interrupted run without changing a trajectory.
-NOT_SETTINGS = ("question", "problems", "out", "samples", "sandbox", "sandbox_require", "sandbox_log",
+NOT_SETTINGS = ("question", "problems", "out", "replay", "recorded_tools", "samples", "sandbox", "sandbox_require", "sandbox_log",
                 "sandbox_log_mode", "slots", "kv_gb", "threads")
 
 COLOURS = {ACT: "\033[36m", OBSERVE: "\033[33m", "dropped": "\033[31m", "end": "\033[0m"}
@@ -53,6 +57,8 @@ class GenerateOptions:
     question: str | None = option(None, "one question; its solution is printed")
     problems: str | None = option(None, "JSON lines with id, question and answer")
     out: str | None = option(None, "file that trajectories are appended to")
+    replay: str | None = option(None, "file of trajectories that are sampled again and compared")
+    recorded_tools: bool = option(False, "with --replay: take the recorded outputs, run no code")
     style: str = option("chat", "chat: the tokenizer's template; base: plain text")
     system: str | None = option(None, "replaces the chat template's own system text")
     instruction: str | None = option(None, "replaces our instruction on how to solve and how to write code")
@@ -88,7 +94,11 @@ class GenerateOptions:
 
 
 def main(options: GenerateOptions) -> None:
-    """Print the solutions of one question, or write those of many problems."""
+    """Print the solutions of one question, write those of many problems, or sample recorded ones again."""
+    if options.replay is not None:
+        if options.question is not None or options.problems is not None:
+            raise ValueError("--replay takes its problems from the file; leave --question and --problems out")
+        return replay(options)
     if options.model is None:
         raise ValueError("--model is missing: the Hugging Face directory of the model")
     if (options.question is None) == (options.problems is None):
@@ -192,6 +202,49 @@ async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Pro
         tools, gate = Tools(engine, sandbox, template), asyncio.Semaphore(in_flight)
         await asyncio.gather(*(solve_group(tools, problem, samples, options.rollout, gate, done)
                                for problem, samples in jobs))
+
+
+def replay(options: GenerateOptions) -> None:
+    """Sample every trajectory of --replay again and print where it first differs; SystemExit(1) if any does."""
+    path = Path(options.replay)
+    recorded = read_trajectories(path)
+    if not recorded:
+        raise ValueError(f"{path} holds no trajectory")
+    known = {name: value for name, value in read_settings(path.with_name(path.name + ".settings.json")).items()
+             if name in (field.name for field in dataclasses.fields(GenerateOptions))}
+    known["model"] = options.model or known.get("model")  # a model may have moved
+    again = asyncio.run(run_again(replace(options, **known), recorded))
+    different = 0
+    for trajectory, copy in zip(recorded, again, strict=True):
+        found = first_difference(trajectory, copy)
+        different += found is not None
+        print(f"{trajectory.id} sample {trajectory.sample}: " + (
+            f"the same {len(tokens_in_order(trajectory))} tokens" if found is None else
+            f"differs after {found.position} tokens, in the {found.part}: was {found.recorded}, is {found.again}"))
+    print(f"{len(recorded) - different} of {len(recorded)} trajectories are the same to the last token")
+    if different:
+        raise SystemExit(1)
+
+
+async def run_again(options: GenerateOptions, recorded: list[Trajectory]) -> list[Trajectory]:
+    """Each trajectory sampled once more, in order; with --recorded_tools its code gets what it got before."""
+    template, found = make_template(options), {}
+    jobs = [(Problem(trajectory.id, trajectory.question, trajectory.answer), [trajectory.sample]) for trajectory in recorded]
+    sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
+                           options.sandbox_log_mode)
+    engine, in_flight = build_engine(options, template, jobs)
+    gate = asyncio.Semaphore(in_flight)
+
+    async def done(trajectory: Trajectory) -> None:
+        found[trajectory.id, trajectory.sample] = trajectory
+        bar.update()
+
+    async with contextlib.nullcontext() if options.recorded_tools else sandbox as tool:
+        with tqdm(total=len(recorded), unit="trajectory") as bar:
+            await asyncio.gather(*(solve_group(
+                Tools(engine, RecordedSandbox(trajectory) if options.recorded_tools else tool, template), problem, samples,
+                options.rollout, gate, done) for trajectory, (problem, samples) in zip(recorded, jobs, strict=True)))
+    return [found[trajectory.id, trajectory.sample] for trajectory in recorded]
 
 
 def make_template(options: GenerateOptions) -> Template:

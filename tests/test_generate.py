@@ -163,6 +163,8 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
     (["--model", "TINY", "--question", "x", "--sandbox", "nowhere"], "sandbox"),
     (["--model", "TINY", "--problems", "none.jsonl", "--out", "o"], "does not exist"),
     (["--model", "TINY", "--problems", "PROBLEMS", "--out", "/proc/no/such.jsonl"], "cannot be written"),
+    (["--replay", "none.jsonl"], "does not exist"),
+    (["--replay", "PROBLEMS", "--question", "x"], "leave --question and --problems out"),
     (["--nonsense", "1"], "nonsense"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, arguments, message, capsys):
@@ -176,3 +178,38 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, a
 
 def test_every_flag_has_a_line_of_help():
     assert all(field.metadata["help"] for field in fields(GenerateOptions))
+
+
+@pytest.mark.parametrize("tools", [[], ["--recorded_tools"]])
+def test_a_recorded_file_is_sampled_again_to_the_last_token(uninterrupted, tools):
+    result = call("--replay", uninterrupted, *tools)
+    assert result.returncode == 0 and result.stdout.count(": the same ") == 60, result.stdout + result.stderr
+    assert "60 of 60 trajectories are the same to the last token" in result.stdout
+
+
+def test_a_replay_names_the_first_token_that_differs(uninterrupted, tmp_path):
+    records = [json.loads(line) for line in uninterrupted.read_text().splitlines()][:3]
+    changed = records[1]["response_ids"]
+    place = len(changed) // 2
+    changed[place] += 1
+    path = tmp_path / "changed.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = uninterrupted.with_name(uninterrupted.name + ".settings.json").read_text()
+    path.with_name("changed.jsonl.settings.json").write_text(settings)
+    result = call("--replay", path)
+    assert result.returncode == 1 and "2 of 3 trajectories are the same" in result.stdout, result.stderr
+    assert f"was {changed[place]}, is {changed[place] - 1}" in result.stdout
+
+
+def test_recorded_tools_answer_with_the_record_and_not_with_the_code(uninterrupted, tmp_path):
+    records = [json.loads(line) for line in uninterrupted.read_text().splitlines()]
+    record = next(r for r in records if not r["attempts"] and r["finish"] == "eos" and r["executions"] and
+                  r["executions"][0]["outcome"] == "ok")
+    record["executions"][0]["stdout"] = "987\n"  # what no code here prints; the recorded tokens still hold the old output
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    settings = uninterrupted.with_name(uninterrupted.name + ".settings.json").read_text()
+    path.with_name("other.jsonl.settings.json").write_text(settings)
+    assert call("--replay", path).returncode == 0
+    result = call("--replay", path, "--recorded_tools")
+    assert result.returncode == 1 and "differs after" in result.stdout and "in the response" in result.stdout

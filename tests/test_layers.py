@@ -27,6 +27,7 @@ LAYERS = {
     "sandbox_log": {"trajectory"},
     "sandbox": {"sandbox_child", "sandbox_http", "sandbox_log", "trajectory"},  # for Limits and Execution
     "template": {"trajectory"},
+    "replay": {"trajectory"},
     "answers": set(),
     "reward": {"answers", "trajectory"},
     "filters": {"reward", "trajectory"},  # which box counts is the reward's to say
