@@ -29,7 +29,7 @@ from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
 from thor.engine import Engine
 from thor.replay import RecordedSandbox, first_difference, tokens_in_order
-from thor.reward import equivalent
+from thor.reward import grade
 from thor.rollout import RolloutOptions, Tools, solve_group
 from thor.sampling import Sampling
 from thor.sandbox import open_sandbox
@@ -185,11 +185,6 @@ class Sink:
         right = {"accuracy": f"{sum(self.correct) / len(self.correct):.3f}"} if self.correct else {}
         self.bar.set_postfix(rate | right, refresh=False)
         self.bar.update()
-
-
-async def grade(trajectory: Trajectory) -> bool:
-    """Whether the boxed answer is equivalent to the gold one; no box is wrong. In a thread: decoding goes on."""
-    return trajectory.boxed is not None and await asyncio.to_thread(equivalent, trajectory.answer, trajectory.boxed)
 
 
 async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]],

@@ -17,26 +17,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import grade, warn_if_inexact
+from generate import warn_if_inexact
 from thor import config
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
-from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint, write_aside
+from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint
 from thor.config import option
 from thor.data import Problem, read_problems
+from thor.dump import RoundDump
 from thor.engine import Engine
-from thor.filters import (Kept, TrajectoryFilters, branch_reason, branch_reward, filter_branches,
-                          filter_trajectories)
+from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories
 from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
 from thor.metrics import MetricsLog
 from thor.model import Decoder
-from thor.reward import trajectory_reward
 from thor.optimizer import Skips, make_optimizer, take_step
-from thor.rl_metrics import all_executions, rate, step_metrics, trajectory_metrics
-from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, continue_branch, solve_group
+from thor.reward import grade, trajectory_reward
+from thor.rl_evaluation import Evaluation, evaluate
+from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
+from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, solve_group
 from thor.sampling import Sampling
 from thor.sandbox import LocalSandbox, open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
-from thor.trajectory import Trajectory, to_json
+from thor.trajectory import Trajectory
 from thor.weights import load_model
 
 MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
@@ -89,6 +90,7 @@ class TrainOptions:
     entropy_weight: float = option(0.0, "entropy bonus")
     eval_problems: str | None = option(None, "problems for periodic evaluation, one sample each")
     eval_every: int = option(0, "rounds between evaluations; 0 is never")
+    dump_every: int = option(0, "rounds between dumps of all samples and tokens (docs/audit.md); 0 is never")
     save_every: int = option(1, "rounds between checkpoints")
     keep: int = option(2, "checkpoints that are kept")
     seed: int = option(0, "run seed")
@@ -104,7 +106,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         lowest = dict(rounds=1, problems_per_round=1, samples=2, branches=0, updates_per_round=1, groups_per_round=0,
-                      max_passes=1, max_branch_tokens=0, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0)
+                      max_passes=1, max_branch_tokens=0, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0,
+                      dump_every=0)
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {low} or more")
@@ -125,6 +128,11 @@ class TrainOptions:
         """How round `number` samples: no self-correction, and a failure ends the trajectory."""
         return RolloutOptions(Sampling(self.temperature), self.max_response_tokens, self.max_code_rounds, 0,
                               self.suffix_tokens, stop_at_failure=True, seed=self.seed, round=number)
+
+    def evaluation(self, problems: list[Problem]) -> Evaluation:
+        """How the evaluation problems are solved: as in training, with noise of its own."""
+        return Evaluation(problems, replace(self.rollout(0), seed=self.seed + 1), self.branches, self.branch_limit,
+                          self.slots, Path(self.out))
 
     @property
     def loss(self) -> LossOptions:
@@ -201,24 +209,40 @@ async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[
     options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
     tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
     drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
-    branches = await grow_branches(run, tools, failures, number, rng)  # section 4.2
-    evaluation = await evaluate(run, tools, number)
+    chosen = choose_failures(run, tools, failures, rng)  # section 4.2
+    branches = await grow_branches(run, tools, chosen, number)
+    evaluation = {}
+    if due(options.eval_every, number):
+        evaluation = await evaluate(tools, options.evaluation(run.eval_problems), number)
     sampled = time.perf_counter()
     grown = filter_branches(branches)
     fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)
     score_old(run, fresh + steps)
+    dump = RoundDump(number) if due(options.dump_every, number) else None
+    if dump:
+        dump.drawn(drawn, kept, fresh)
+        dump.grown(branches, grown, steps, chosen)
+        dump.carried(run.state.carried)
     used, carried = choose_groups(run.state.carried, fresh, options.groups_per_round)
     run.state.carried = [group for group in carried if any(group is new for new in fresh)]  # at most one round old
-    updates = update(run, used, steps, rng)
+    updates = update(run, used, steps, rng, dump)
     metrics = trajectory_metrics(drawn) | kept.counts | {
         "trajectory/groups_used": len(used), "trajectory/groups_carried": len(run.state.carried),
         "trajectory/groups_too_old": len(carried) - len(run.state.carried)}
     metrics |= step_metrics(branches, len(failures), run.template) | grown.counts | updates | evaluation
+    if dump:
+        eos = run.template.tokenizer.eos_token_id
+        dump.write(Path(options.out), dataclasses.asdict(options), eos, run.state.carried, metrics)
     counts, runs = tools.engine.counts, all_executions(drawn + branches)
     return metrics, {"time/sample": counts.seconds, "time/execute": sampled - started - counts.seconds,
                      "time/train": time.perf_counter() - sampled, "sandbox/seconds": sum(run.seconds for run in runs),
                      "sandbox/executions": len(runs), "engine/sampled": counts.sampled, "engine/fed": counts.fed,
                      "engine/evicted": counts.evicted}
+
+
+def due(every: int, number: int) -> bool:
+    """Whether it is the turn of what happens every so many rounds; 0 is never."""
+    return every > 0 and number % every == 0
 
 
 def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, Groups]:
@@ -273,16 +297,20 @@ async def sample_problems(run: Run, tools: Tools, chosen: list[tuple[Problem, in
     return [sorted(group, key=lambda trajectory: trajectory.sample) for group in groups]
 
 
-async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], number: int,
-                        rng: random.Random) -> list[list[Trajectory]]:
-    """G' branches of each chosen failure; at most as many failures as problems in the round, drawn uniformly."""
-    options = run.options
-    chosen = sorted(rng.sample(range(len(failures)), min(len(failures), options.problems_per_round)))
+def choose_failures(run: Run, tools: Tools, failures: list[FailedStep], rng: random.Random) -> list[FailedStep]:
+    """At most as many failures as problems in the round, drawn uniformly, in order; the others leave the memory."""
+    chosen = sorted(rng.sample(range(len(failures)), min(len(failures), run.options.problems_per_round)))
     for place in set(range(len(failures))) - set(chosen):
         tools.engine.free(failures[place].sequence)
+    return [failures[place] for place in chosen]
+
+
+async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], number: int) -> list[list[Trajectory]]:
+    """G' branches of each of `failures`."""
+    options = run.options
     gate, rollout = asyncio.Semaphore(options.slots), options.rollout(number)
     grown = list(await asyncio.gather(*(
-        branch_group(tools, failures[place], options.branches, options.branch_limit, rollout, gate) for place in chosen)))
+        branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate) for failed in failures)))
     stop_if_lost(grown, "branches", number)
     return grown
 
@@ -294,59 +322,6 @@ def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None
     if lost > MAX_LOST_SHARE * len(everyone):
         raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} {what} of round {number}, which is not the "
                          "model's doing; the same command continues from the last checkpoint")
-
-
-async def evaluate(run: Run, tools: Tools, number: int) -> dict[str, float | None]:
-    """Accuracy and pass rate on the evaluation problems, when it is time: one sample each, failures shown, no retry."""
-    options = run.options
-    if not options.eval_every or number % options.eval_every:
-        return {}
-    rollout = replace(options.rollout(0), seed=options.seed + 1)
-    found = await solve_once(run, tools, replace(rollout, stop_at_failure=False))
-    found = [trajectory for trajectory in found if trajectory.finish != "infrastructure"]
-    metrics = {"eval/accuracy": rate([trajectory.correct for trajectory in found]), "eval/solved": len(found),
-               "eval/pass_rate": rate([execution.passed for execution in all_executions([found])])}
-    return metrics | (await continue_branches(run, tools, rollout, number) if options.branches else {})
-
-
-async def solve_once(run: Run, tools: Tools, rollout: RolloutOptions,
-                     failures: list[FailedStep] | None = None) -> list[Trajectory]:
-    """One graded sample of each evaluation problem, in order."""
-    found, gate = {}, asyncio.Semaphore(run.options.slots)
-
-    async def done(trajectory: Trajectory) -> None:
-        trajectory.correct = await grade(trajectory)
-        found[trajectory.id] = trajectory
-
-    await asyncio.gather(*(solve_group(tools, problem, [0], rollout, gate, done, failures) for problem in run.eval_problems))
-    return [found[problem.id] for problem in run.eval_problems]
-
-
-async def continue_branches(run: Run, tools: Tools, rollout: RolloutOptions, number: int) -> dict[str, float | None]:
-    """Where the step reward leads: one continuation of each branch that passes, from failures on the evaluation problems.
-
-    Code that runs and is of no use earns the step reward and lowers this. The branches are written to branches_N.jsonl and
-    what became of them to continued_N.jsonl, for a person to look at.
-    """
-    options, failures, gate = run.options, [], asyncio.Semaphore(run.options.slots)
-    await solve_once(run, tools, rollout, failures)
-    failures.sort(key=lambda failed: failed.trajectory.id)
-    groups = await asyncio.gather(*(branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate)
-                                    for failed in failures))
-    grown = [(failed, branch) for failed, group in zip(failures, groups, strict=True) for branch in group
-             if branch_reason(branch) is None]
-
-    async def go_on(failed: FailedStep, branch: Trajectory) -> Trajectory:
-        async with gate:
-            continued = await continue_branch(tools, failed, branch, replace(rollout, stop_at_failure=False))
-        continued.correct = await grade(continued)
-        return continued
-
-    ended = await asyncio.gather(*(go_on(failed, branch) for failed, branch in grown if branch_reward(branch) == 1))
-    branches, continued = [branch for _, branch in grown], [t for t in ended if t.finish != "infrastructure"]
-    for name, written in (("branches", branches), ("continued", continued)):
-        write_aside(Path(options.out) / f"{name}_{number}.jsonl", "".join(f"{to_json(t)}\n" for t in written))
-    return {"step/accuracy_if_continued": rate([t.correct for t in continued]), "step/num_continued": len(continued)}
 
 
 def trajectory_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:
@@ -381,7 +356,8 @@ def score_old(run: Run, groups: Groups) -> None:
             del scored[:sample.num_trained]
 
 
-def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random) -> dict[str, float | None]:
+def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random,
+           dump: RoundDump | None = None) -> dict[str, float | None]:
     """The round's optimizer steps: groups shuffled and dealt whole and evenly, none left out, no step without any."""
     rng.shuffle(trajectories)
     rng.shuffle(branches)
@@ -389,7 +365,7 @@ def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random)
     sums: dict[str, float] = {}
     for step in range(num_steps):
         groups = trajectories[step::num_steps] + branches[step::num_steps]
-        for name, value in optimizer_step(run, [sample for group in groups for sample in group]).items():
+        for name, value in optimizer_step(run, [sample for group in groups for sample in group], dump).items():
             combine = max if name.endswith("_max") else float.__add__
             sums[name] = combine(sums[name], float(value)) if name in sums else float(value)
     tokens = max(sums.get("tokens", 0.0), 1.0)
@@ -402,7 +378,7 @@ def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random)
                for name in ("clipped_low", "clipped_high", "kl_old", "ratio", "logprob", "sampler_gap")}}
 
 
-def optimizer_step(run: Run, samples: list[Sample]) -> dict[str, float]:
+def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = None) -> dict[str, float]:
     """Eq. 8 over `samples`: one global count, then each pack adds its share to the gradient."""
     options, loss_options = run.options, run.options.loss
     [packs] = deal_packs([len(sample.ids) for sample in samples], options.pack_tokens)
@@ -410,23 +386,29 @@ def optimizer_step(run: Run, samples: list[Sample]) -> dict[str, float]:
     laid = [make_pack(group, options.device) for group in members]
     tokens = [loss_tokens(group, pack) for group, pack in zip(members, laid, strict=True)]
     counts, sums = sum(map(count_tokens, tokens), Counts()), {"loss": 0.0}
-    for pack, known in zip(laid, tokens, strict=True):
+    for group, pack, known in zip(members, laid, tokens, strict=True):
         logprobs, entropies = score(run.model, pack, options.temperature, with_entropy=options.entropy_weight != 0)
         with torch.no_grad():
             reference = None if run.reference is None else score(run.reference, pack, options.temperature)[0]
-        loss = hierarchical_loss(logprobs, known, counts, loss_options, reference, entropies)
+        given = (logprobs, known, counts, loss_options, reference, entropies)
+        loss = hierarchical_loss(*given)
         loss.backward()
+        if dump:
+            dump.pack(group, *given)
         sums["loss"] += loss.item()
         for name, value in loss_statistics(logprobs, known, loss_options).items():
             sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
     norm = take_step(run.model, run.optimizer, sums["loss"], options.lr, options.max_grad_norm, run.state.skips)
+    skipped = run.state.skips.in_a_row > 0
+    if dump:
+        dump.update(counts, sums, norm, skipped)
     if run.state.skips.too_many:
         path = Path(options.out) / "bad_batch.jsonl"
         path.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
         raise ValueError(f"the loss or its gradient was not finite {run.state.skips.in_a_row} steps in a row; the last batch "
                          f"is in {path}")
-    run.state.updates += run.state.skips.in_a_row == 0
-    return sums | {"grad_norm": norm, "skipped": int(run.state.skips.in_a_row > 0)}
+    run.state.updates += not skipped
+    return sums | {"grad_norm": norm, "skipped": int(skipped)}
 
 
 def build_engine(run: Run) -> Engine:
@@ -470,7 +452,7 @@ def read_state(saved: dict) -> State:
 
 
 # What may differ between a run and its continuation, because no number in metrics.jsonl depends on it.
-RESUMABLE = ("out", "rounds", "save_every", "keep", "slots", "sandbox", "sandbox_require", "sandbox_log",
+RESUMABLE = ("out", "rounds", "dump_every", "save_every", "keep", "slots", "sandbox", "sandbox_require", "sandbox_log",
              "sandbox_log_mode")
 
 

@@ -50,6 +50,8 @@ LAYERS = {
     "funnel": {"data", "tirgen_filters", "trajectory", "tries"},
     "actor_critic": {"clients", "critic", "data", "reward", "rollout", "sampling", "sandbox", "template", "tirgen_text",
                      "trajectory", "tries"},
+    "rl_evaluation": {"checkpoint", "data", "filters", "reward", "rl_metrics", "rollout", "trajectory"},
+    "dump": {"batch", "filters", "grpo", "metrics", "reward", "rollout", "trajectory"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path for folder in (".", "runs", "benchmarks") for path in (ROOT / folder).glob("*.py"))

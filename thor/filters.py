@@ -16,6 +16,7 @@ Group = list[Trajectory]
 
 TRAJECTORY_REASONS = ("infrastructure", "failed_execution", "short", "no_box_at_end")
 STEP_REASONS = ("infrastructure", "eos_before_code", "no_closed_block")
+GROUP_REASONS = ("groups_below_two", "groups_equal_rewards")
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class TrajectoryFilters:
 
 @dataclass(frozen=True)
 class Kept:
-    """The surviving groups, and what was removed: samples and groups by reason, names as they go into the metrics."""
+    """The surviving groups, what was removed, and why: `counts` are samples and groups by reason, names as they go into
+    the metrics; `reasons` has one entry for each sample that was given, None for one that stayed."""
 
     groups: list[Group]
     counts: dict[str, int]
+    reasons: list[list[str | None]]
 
 
 def filter_trajectories(groups: list[Group], filters: TrajectoryFilters, decode: Callable[[list[int]], str]) -> Kept:
@@ -48,14 +51,13 @@ def filter_trajectories(groups: list[Group], filters: TrajectoryFilters, decode:
     In this order: failed executions, short responses, no box at the end, groups that kept too few of their samples,
     groups without a difference in reward. Advantages are computed over what this returns.
     """
-    def reason(trajectory: Trajectory) -> str | None:
-        return trajectory_reason(trajectory, filters, decode)
+    def group_reason(survivors: Group, num_drawn: int) -> str | None:
+        if not survivors or len(survivors) < filters.min_group_fraction * num_drawn:
+            return "groups_too_few"
+        return no_advantage(survivors, trajectory_reward)
 
-    survivors, counts = _remove_samples(groups, reason, TRAJECTORY_REASONS)
-    enough = [group for group, drawn in zip(survivors, groups, strict=True)
-              if group and len(group) >= filters.min_group_fraction * len(drawn)]
-    counts["groups_too_few"] = len(groups) - len(enough)
-    return _remove_groups("trajectory", enough, trajectory_reward, counts)
+    reasons = [[trajectory_reason(trajectory, filters, decode) for trajectory in group] for group in groups]
+    return _keep("trajectory", groups, reasons, group_reason, (*TRAJECTORY_REASONS, "groups_too_few", *GROUP_REASONS))
 
 
 def filter_branches(groups: list[Group]) -> Kept:
@@ -64,8 +66,18 @@ def filter_branches(groups: list[Group]) -> Kept:
     Removed: what the sandbox lost, EOS before a block, a block still open (or none) at the limit; then groups with
     fewer than two survivors or without a difference in reward.
     """
-    survivors, counts = _remove_samples(groups, branch_reason, STEP_REASONS)
-    return _remove_groups("step", survivors, branch_reward, counts)
+    def group_reason(survivors: Group, _: int) -> str | None:
+        return no_advantage(survivors, branch_reward)
+
+    reasons = [[branch_reason(branch) for branch in group] for group in groups]
+    return _keep("step", groups, reasons, group_reason, (*STEP_REASONS, *GROUP_REASONS))
+
+
+def no_advantage(survivors: Group, reward: Callable[[Trajectory], float]) -> str | None:
+    """Why Eq. 3 would give a group no advantage: a single member, or rewards that are all equal; None if it does."""
+    if len(survivors) < 2:
+        return "groups_below_two"
+    return "groups_equal_rewards" if len({reward(trajectory) for trajectory in survivors}) == 1 else None
 
 
 def trajectory_reason(trajectory: Trajectory, filters: TrajectoryFilters,
@@ -116,22 +128,14 @@ def boxed_at_end(trajectory: Trajectory, num_tokens: int, decode: Callable[[list
     return trajectory.boxed is not None and boxed_answer(decode(prose)) is not None
 
 
-def _remove_samples(groups: list[Group], reason: Callable[[Trajectory], str | None],
-                    names: tuple[str, ...]) -> tuple[list[Group], dict[str, int]]:
-    """Each group without the samples that have a reason to go, and how many went for each reason."""
-    reasons = [[reason(trajectory) for trajectory in group] for group in groups]
-    removed = Counter(why for of_group in reasons for why in of_group)
+def _keep(level: str, groups: list[Group], reasons: list[list[str | None]],
+          group_reason: Callable[[Group, int], str | None], names: tuple[str, ...]) -> Kept:
+    """What is left once the samples that have a reason are gone, and then the groups that have one."""
     survivors = [[trajectory for trajectory, why in zip(group, of_group, strict=True) if why is None]
                  for group, of_group in zip(groups, reasons, strict=True)]
-    return survivors, {name: removed[name] for name in names}
-
-
-def _remove_groups(level: str, groups: list[Group], reward: Callable[[Trajectory], float],
-                   counts: dict[str, int]) -> Kept:
-    """Without the groups that would have no advantage (Eq. 3): a single member, or rewards that are all equal."""
-    several = [group for group in groups if len(group) >= 2]
-    unequal = [group for group in several if len({reward(trajectory) for trajectory in group}) > 1]
-    counts = counts | {"groups_below_two": len(groups) - len(several),
-                       "groups_equal_rewards": len(several) - len(unequal)}
-    totals = {f"{level}/kept": sum(map(len, unequal)), f"{level}/groups_kept": len(unequal)}
-    return Kept(unequal, totals | {f"{level}/removed_{name}": count for name, count in counts.items()})
+    gone = [group_reason(group, len(drawn)) for group, drawn in zip(survivors, groups, strict=True)]
+    kept = [group for group, why in zip(survivors, gone, strict=True) if why is None]
+    removed = Counter(why for of_group in reasons for why in of_group) + Counter(gone)
+    counts = {f"{level}/kept": sum(map(len, kept)), f"{level}/groups_kept": len(kept)}
+    return Kept(kept, counts | {f"{level}/removed_{name}": removed[name] for name in names},
+                [[why or of_group for why in own] for own, of_group in zip(reasons, gone, strict=True)])

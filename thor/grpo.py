@@ -106,13 +106,18 @@ def safe_exp(log_ratio_T: Tensor) -> Tensor:
 
 def token_surrogates(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> Tensor:
     """−s of each token with the options' variants of ρ and of the sampler's weight."""
-    new, old = logprobs_T, tokens.old_logprobs
-    if options.sequence_ratio:
-        new, old = sequence_mean(new, tokens.sequence), sequence_mean(old, tokens.sequence)
+    new, old = ratio_sides(logprobs_T, tokens, options)
     losses = clipped_surrogate(new, old, tokens.advantages, options.clip_low, options.clip_high, options.dual_clip)
     if options.importance_cap is not None:
         losses = losses * (tokens.old_logprobs - tokens.sampler_logprobs).exp().clamp(max=options.importance_cap)
     return losses
+
+
+def ratio_sides(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """log π_θ and log π_old of Eq. 4, whose difference is log ρ; with `sequence_ratio` their means over a sequence."""
+    if options.sequence_ratio:
+        return sequence_mean(logprobs_T, tokens.sequence), sequence_mean(tokens.old_logprobs, tokens.sequence)
+    return logprobs_T, tokens.old_logprobs
 
 
 def sequence_mean(values_T: Tensor, sequence_T: Tensor) -> Tensor:
@@ -126,36 +131,46 @@ def share(values_T: Tensor, chosen_T: Tensor, count: int) -> Tensor:
     return torch.where(chosen_T, values_T, 0.0).sum() / max(count, 1)
 
 
-def level_loss(surrogates_T: Tensor, logprobs_T: Tensor, level_T: Tensor, positive_T: Tensor, num_tokens: int,
-               num_positive: int, nll_weight: float) -> Tensor:
-    """Eq. 7: L_GRPO + α L_NLL of one level, each with its own denominator (Eq. 5, Eq. 6)."""
-    grpo = share(surrogates_T, level_T, num_tokens)  # Eq. 5
-    nll = -share(logprobs_T, level_T & positive_T, num_positive)  # Eq. 6
-    return grpo + nll_weight * nll
+def loss_parts(logprobs_T: Tensor, tokens: Tokens, counts: Counts, options: LossOptions,
+               reference_logprobs_T: Tensor | None = None, entropies_T: Tensor | None = None) -> dict[str, Tensor]:
+    """Eq. 5 and 6 of each level before any weight, this micro-batch's share: `trajectory_grpo`, `trajectory_nll`, the
+    same of `step`, or, with `joint`, once over their union. `kl` and `entropy`, where given, are means over both.
+    """
+    surrogates, positive, step = token_surrogates(logprobs_T, tokens, options), tokens.advantages > 0, tokens.is_step
+    num_tokens, every = counts.trajectory_tokens + counts.step_tokens, torch.ones_like(step)
+    levels = {"trajectory": (~step, counts.trajectory_tokens, counts.trajectory_positive),
+              "step": (step, counts.step_tokens, counts.step_positive)}
+    if options.joint:
+        levels = {"joint": (every, num_tokens, counts.trajectory_positive + counts.step_positive)}
+    parts = {}
+    for level, (chosen, num_chosen, num_positive) in levels.items():
+        parts[f"{level}_grpo"] = share(surrogates, chosen, num_chosen)  # Eq. 5
+        parts[f"{level}_nll"] = -share(logprobs_T, chosen & positive, num_positive)  # Eq. 6
+    if reference_logprobs_T is not None:
+        parts["kl"] = share(k3(logprobs_T, reference_logprobs_T), every, num_tokens)
+    if entropies_T is not None:
+        parts["entropy"] = share(entropies_T, every, num_tokens)
+    return parts
+
+
+def level_loss(parts: dict[str, Tensor], level: str, nll_weight: float) -> Tensor:
+    """Eq. 7: L_GRPO + α L_NLL of one level."""
+    return parts[f"{level}_grpo"] + nll_weight * parts[f"{level}_nll"]
 
 
 def hierarchical_loss(logprobs_T: Tensor, tokens: Tokens, counts: Counts, options: LossOptions,
                       reference_logprobs_T: Tensor | None = None, entropies_T: Tensor | None = None) -> Tensor:
-    """Eq. 8: L = L_traj + λ L_step, this micro-batch's share. With `joint`, Eq. 7 once over the union instead.
-
-    The optional KL and entropy terms are means over the tokens of both levels.
-    """
-    surrogates, positive, step = token_surrogates(logprobs_T, tokens, options), tokens.advantages > 0, tokens.is_step
-    num_tokens = counts.trajectory_tokens + counts.step_tokens
-    every = torch.ones_like(step)
+    """Eq. 8: L = L_traj + λ L_step, this micro-batch's share. With `joint`, Eq. 7 once over the union instead."""
+    parts = loss_parts(logprobs_T, tokens, counts, options, reference_logprobs_T, entropies_T)
     if options.joint:
-        num_positive = counts.trajectory_positive + counts.step_positive
-        loss = level_loss(surrogates, logprobs_T, every, positive, num_tokens, num_positive, options.nll_weight)
+        loss = level_loss(parts, "joint", options.nll_weight)
     else:
-        trajectory = level_loss(surrogates, logprobs_T, ~step, positive, counts.trajectory_tokens,
-                                counts.trajectory_positive, options.nll_weight)
-        branches = level_loss(surrogates, logprobs_T, step, positive, counts.step_tokens, counts.step_positive,
-                              options.nll_weight)
-        loss = trajectory + options.step_weight * branches
-    if reference_logprobs_T is not None:
-        loss = loss + options.kl_weight * share(k3(logprobs_T, reference_logprobs_T), every, num_tokens)
-    if entropies_T is not None:
-        loss = loss - options.entropy_weight * share(entropies_T, every, num_tokens)
+        trajectory, step = (level_loss(parts, level, options.nll_weight) for level in ("trajectory", "step"))
+        loss = trajectory + options.step_weight * step
+    if "kl" in parts:
+        loss = loss + options.kl_weight * parts["kl"]
+    if "entropy" in parts:
+        loss = loss - options.entropy_weight * parts["entropy"]
     return loss
 
 
@@ -171,10 +186,12 @@ def loss_statistics(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) ->
     `sampler_gap_max` alone is no sum: of several micro-batches the largest counts. A token counts as clipped where the
     clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
     """
-    log_ratio = logprobs_T.detach() - tokens.old_logprobs
-    ratio, gap = safe_exp(log_ratio), (tokens.old_logprobs - tokens.sampler_logprobs).abs()
-    high = (ratio > 1 + options.clip_high) & (tokens.advantages > 0)
-    low = (ratio < 1 - options.clip_low) & (tokens.advantages < 0)
+    new, old = ratio_sides(logprobs_T.detach(), tokens, options)
+    clipped_ratio = safe_exp(new - old)
+    high = (clipped_ratio > 1 + options.clip_high) & (tokens.advantages > 0)
+    low = (clipped_ratio < 1 - options.clip_low) & (tokens.advantages < 0)
+    ratio = safe_exp(logprobs_T.detach() - tokens.old_logprobs)
+    gap = (tokens.old_logprobs - tokens.sampler_logprobs).abs()
     return {"tokens": len(ratio), "clipped_high": high.sum().item(), "clipped_low": low.sum().item(),
             "kl_old": k3(tokens.old_logprobs, logprobs_T.detach()).sum().item(), "ratio": ratio.sum().item(),
             "sampler_gap": gap.sum().item(), "sampler_gap_max": gap.max().item() if len(gap) else 0.0,

@@ -71,10 +71,9 @@ class MetricsLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float | int | None], timing: dict[str, float]) -> None:
-        """One line each; keys keep the order they are given in. NaN and infinity are written as null."""
+        """One line each; keys keep the order they are given in."""
         for file, values in ((self._metrics, metrics), (self._timing, timing)):
-            finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            file.write(log_line(step, values) + "\n")
             file.flush()
         for name, value in (metrics | timing).items():
             if self._board is not None and value is not None:
@@ -86,6 +85,12 @@ class MetricsLog:
         self._timing.close()
         if self._board is not None:
             self._board.close()
+
+
+def log_line(step: int, values: dict[str, float | int | None]) -> str:
+    """What the log writes of one step: JSON, NaN and infinity as null."""
+    finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps({"step": step, **finite}, allow_nan=False)
 
 
 def cut_after(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ is wrong and counted. Comparing can take for ever (9^{9^9}), so it runs in worke
 machine on which they do not start is an error, never a reward of 0.
 """
 
+import asyncio
 import atexit
 import json
 import os
@@ -50,6 +51,11 @@ def boxed_answer(text: str) -> str | None:
 def equivalent(gold: str, answer: str) -> bool:
     r"""Whether two answers, as written in data or in \boxed{}, mean the same. From any thread."""
     return default_grader().equivalent(gold, answer)
+
+
+async def grade(trajectory: Trajectory) -> bool:
+    """Whether the boxed answer is equivalent to the gold one; no box is wrong. In a thread: decoding goes on."""
+    return trajectory.boxed is not None and await asyncio.to_thread(equivalent, trajectory.answer, trajectory.boxed)
 
 
 def trajectory_reward(trajectory: Trajectory) -> float:
