@@ -80,7 +80,7 @@ trajectory_lane() { # the step level takes longer: meanwhile all that does not n
     evaluate_all t3-0 t3-4 t4-0 t4-4
 }
 together trajectory_lane
-code_rl hierarchical-rl t5 --branches 8
+code_rl hierarchical-rl t5 --branches 8 --joint
 evaluate_all t5-0 t5-4
 join
 if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step level took
