@@ -51,6 +51,8 @@ LAYERS = {
     "actor_critic": {"clients", "critic", "data", "reward", "rollout", "sampling", "sandbox", "template", "tirgen_text",
                      "trajectory", "tries"},
     "rl_evaluation": {"checkpoint", "data", "filters", "reward", "rl_metrics", "rollout", "trajectory"},
+    "audit_equations": {"trajectory"},
+    "audit": {"audit_equations", "trajectory"},  # shares nothing with what it checks
     "dump": {"batch", "filters", "grpo", "metrics", "reward", "rollout", "trajectory"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")

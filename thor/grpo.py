@@ -106,18 +106,18 @@ def safe_exp(log_ratio_T: Tensor) -> Tensor:
 
 def token_surrogates(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> Tensor:
     """−s of each token with the options' variants of ρ and of the sampler's weight."""
-    new, old = ratio_sides(logprobs_T, tokens, options)
-    losses = clipped_surrogate(new, old, tokens.advantages, options.clip_low, options.clip_high, options.dual_clip)
+    log_ratio = log_ratios(logprobs_T, tokens, options)
+    losses = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), tokens.advantages, options.clip_low,
+                               options.clip_high, options.dual_clip)
     if options.importance_cap is not None:
         losses = losses * (tokens.old_logprobs - tokens.sampler_logprobs).exp().clamp(max=options.importance_cap)
     return losses
 
 
-def ratio_sides(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """log π_θ and log π_old of Eq. 4, whose difference is log ρ; with `sequence_ratio` their means over a sequence."""
-    if options.sequence_ratio:
-        return sequence_mean(logprobs_T, tokens.sequence), sequence_mean(tokens.old_logprobs, tokens.sequence)
-    return logprobs_T, tokens.old_logprobs
+def log_ratios(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) -> Tensor:
+    """log ρ of Eq. 4; with `sequence_ratio` its mean over the token's sequence."""
+    log_ratio = logprobs_T - tokens.old_logprobs
+    return sequence_mean(log_ratio, tokens.sequence) if options.sequence_ratio else log_ratio
 
 
 def sequence_mean(values_T: Tensor, sequence_T: Tensor) -> Tensor:
@@ -186,8 +186,7 @@ def loss_statistics(logprobs_T: Tensor, tokens: Tokens, options: LossOptions) ->
     `sampler_gap_max` alone is no sum: of several micro-batches the largest counts. A token counts as clipped where the
     clip changes its term: ρ above 1 + ε_high with Â > 0, below 1 − ε_low with Â < 0.
     """
-    new, old = ratio_sides(logprobs_T.detach(), tokens, options)
-    clipped_ratio = safe_exp(new - old)
+    clipped_ratio = safe_exp(log_ratios(logprobs_T.detach(), tokens, options))
     high = (clipped_ratio > 1 + options.clip_high) & (tokens.advantages > 0)
     low = (clipped_ratio < 1 - options.clip_low) & (tokens.advantages < 0)
     ratio = safe_exp(logprobs_T.detach() - tokens.old_logprobs)

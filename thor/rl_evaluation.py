@@ -62,8 +62,8 @@ async def continue_branches(tools: Tools, evaluation: Evaluation, number: int) -
     rollout, failures, gate = evaluation.rollout, [], asyncio.Semaphore(evaluation.slots)
     await solve_once(tools, evaluation, rollout, failures)
     failures.sort(key=lambda failed: failed.trajectory.id)
-    groups = await asyncio.gather(*(
-        branch_group(tools, failed, evaluation.num_branches, evaluation.branch_limit, rollout, gate) for failed in failures))
+    groups = await asyncio.gather(*(branch_group(
+        tools, failed, evaluation.num_branches, evaluation.branch_limit, rollout, gate) for failed in failures))
     grown = [(failed, branch) for failed, group in zip(failures, groups, strict=True) for branch in group
              if branch_reason(branch) is None]
 
