@@ -54,6 +54,7 @@ LAYERS = {
     "audit_equations": {"trajectory"},
     "audit": {"audit_equations", "trajectory"},  # shares nothing with what it checks
     "dump": {"batch", "filters", "grpo", "metrics", "reward", "rollout", "trajectory"},
+    "report": {"checkpoint", "data", "metrics", "template", "trajectory"},
 }
 MODULES = sorted(path.stem for path in (ROOT / "thor").glob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted(path for folder in (".", "runs", "benchmarks") for path in (ROOT / folder).glob("*.py"))

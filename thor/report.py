@@ -137,22 +137,23 @@ class Vocabulary:
                 "special": [place for place, token in enumerate(ids) if token in self.special]}
 
 
-def build_chunks(dump: Dump, vocabulary: Vocabulary) -> tuple[list[bytes], dict[int, tuple[int, int]]]:
+def build_chunks(dump: Dump, vocabulary: Vocabulary,
+                 chunk_tokens: int = CHUNK_TOKENS) -> tuple[list[bytes], dict[int, tuple[int, int]]]:
     """Packed chunks of whole families, and for each number of a sample its chunk and place therein."""
     chunks, places = [], {}
-    for members in _by_size(dump):
+    for members in _by_size(dump, chunk_tokens):
         places |= {number: (len(chunks), place) for place, number in enumerate(members)}
         chunks.append(pack_chunk(dump, members, vocabulary))
     return chunks, places
 
 
-def _by_size(dump: Dump) -> Iterator[list[int]]:
-    """Families one after another, put together up to CHUNK_TOKENS."""
+def _by_size(dump: Dump, chunk_tokens: int) -> Iterator[list[int]]:
+    """Families one after another, put together until they have so many response tokens."""
     members: list[int] = []
     size = 0
     for family in dump.families:
         members, size = members + family, size + sum(_length(dump.samples[number]) for number in family)
-        if size >= CHUNK_TOKENS:
+        if size >= chunk_tokens:
             yield members
             members, size = [], 0
     if members:
