@@ -167,6 +167,19 @@ class Run:
     state: State = field(default_factory=State)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What a round samples before it learns: all trajectories, those kept, the failed steps that were branched, and all
+    branches, a group for each of these; the metrics of the evaluation."""
+
+    drawn: list[list[Trajectory]]
+    kept: Kept
+    num_failures: int
+    chosen: list[FailedStep]
+    branches: list[list[Trajectory]]
+    evaluation: dict[str, float | None]
+
+
 def main(options: TrainOptions) -> None:
     """Rounds of: sample, branch, filter, score, update."""
     run, out = begin(options), Path(options.out)
@@ -206,22 +219,39 @@ def check_trained(run: Run, out: Path) -> None:
 
 async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
     """One round of method, section 4: its metrics, and its times."""
-    options, rng, started = run.options, random.Random(f"{run.options.seed} {number}"), time.perf_counter()
+    rng, started = random.Random(f"{run.options.seed} {number}"), time.perf_counter()
     tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
+    sampled = await sample_round(run, tools, number, rng)
+    done = time.perf_counter()
+    metrics = learn(run, sampled, number, rng)
+    counts, runs = tools.engine.counts, all_executions(sampled.drawn + sampled.branches)
+    return metrics, {"time/sample": counts.seconds, "time/execute": done - started - counts.seconds,
+                     "time/train": time.perf_counter() - done, "sandbox/seconds": sum(run.seconds for run in runs),
+                     "sandbox/executions": len(runs), "engine/sampled": counts.sampled, "engine/fed": counts.fed,
+                     "engine/evicted": counts.evicted}
+
+
+async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) -> Sampled:
+    """Trajectories, branches, and the evaluation if it is due."""
     drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
     chosen = choose_failures(run, tools, failures, rng)  # section 4.2
     branches = await grow_branches(run, tools, chosen, number)
     evaluation = {}
-    if due(options.eval_every, number):
-        evaluation = await evaluate(tools, options.evaluation(run.eval_problems), number)
-    sampled = time.perf_counter()
+    if due(run.options.eval_every, number):
+        evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems), number)
+    return Sampled(drawn, kept, len(failures), chosen, branches, evaluation)
+
+
+def learn(run: Run, sampled: Sampled, number: int, rng: random.Random) -> dict[str, float | None]:
+    """Filter, score with π_old, update; the round's metrics, and its dump if that is due."""
+    options, drawn, kept, branches = run.options, sampled.drawn, sampled.kept, sampled.branches
     grown = filter_branches(branches)
     fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)
     score_old(run, fresh + steps)
     dump = RoundDump(number) if due(options.dump_every, number) else None
     if dump:
         dump.drawn(drawn, kept, fresh)
-        dump.grown(branches, grown, steps, chosen)
+        dump.grown(branches, grown, steps, sampled.chosen)
         dump.carried(run.state.carried)
     used, carried = choose_groups(run.state.carried, fresh, options.groups_per_round)
     run.state.carried = [group for group in carried if any(group is new for new in fresh)]  # at most one round old
@@ -229,15 +259,11 @@ async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[
     metrics = trajectory_metrics(drawn) | kept.counts | {
         "trajectory/groups_used": len(used), "trajectory/groups_carried": len(run.state.carried),
         "trajectory/groups_too_old": len(carried) - len(run.state.carried)}
-    metrics |= step_metrics(branches, len(failures), run.template) | grown.counts | updates | evaluation
+    metrics |= step_metrics(branches, sampled.num_failures, run.template) | grown.counts | updates | sampled.evaluation
     if dump:
         eos = run.template.tokenizer.eos_token_id
         dump.write(Path(options.out), dataclasses.asdict(options), eos, run.state.carried, metrics)
-    counts, runs = tools.engine.counts, all_executions(drawn + branches)
-    return metrics, {"time/sample": counts.seconds, "time/execute": sampled - started - counts.seconds,
-                     "time/train": time.perf_counter() - sampled, "sandbox/seconds": sum(run.seconds for run in runs),
-                     "sandbox/executions": len(runs), "engine/sampled": counts.sampled, "engine/fed": counts.fed,
-                     "engine/evicted": counts.evicted}
+    return metrics
 
 
 def due(every: int, number: int) -> bool:

@@ -146,6 +146,8 @@ def read_round(directory: Path, kept: dict[int, list[Item]]) -> Round:
         columns = load_file(directory / "tokens.safetensors")
     except (json.JSONDecodeError, SafetensorError, IndexError) as error:
         raise ValueError(f"{directory} is not a whole dump: {error}") from None
+    if not all(isinstance(row, dict) and "line" in row for row in rows):
+        raise ValueError(f"{directory}: samples.jsonl holds something else than samples")
     listed = [(row["level"], row["line"]) for row in rows if not row["carried"]]
     if listed != [(level, line) for level in LEVELS for line in range(len(records[level]))]:
         raise ValueError(f"{directory}: samples.jsonl does not list the trajectories and the branches one by one")
