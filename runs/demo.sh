@@ -27,7 +27,8 @@ SFT=(--epochs 2 --batch 16 --lr 3e-3 --beta2 0.98 --schedule cosine --micro_toke
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
     --nll_weight 1 --min_response_tokens 0 --box_within_last 0 --min_group_fraction 0.25 --max_response_tokens 240
     --slots 256 --save_every 4 --seed "$SEED")
-CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every 8)
+EVERY=$((ROUNDS < 8 ? ROUNDS : 8))
+CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every $EVERY --dump_every $EVERY)
 TEACH=(--critic scripted:toy --actor_instruction "" --temperature 0.6 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
@@ -74,6 +75,7 @@ join
 code_rl() { # stage, model, further options
     stage "$1" python train_rl.py --model "$OUT/t3/latest" --problems "$OUT/train.jsonl" --out "$OUT/$2" "${STYLE[@]}" "${RUN[@]}" \
         "${RL[@]}" "${CODE[@]}" "${@:3}"
+    stage "audit-$2" python -m thor.audit "$OUT/$2"
 }
 trajectory_lane() { # the step level takes longer: meanwhile all that does not need it is evaluated
     code_rl trajectory-rl t4 --branches 0
@@ -89,3 +91,4 @@ if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step lev
     evaluate_all t4-long-0 t4-long-4
 fi
 python runs/demo_table.py "$OUT"
+echo "every token of the last round of T5, as a page: python -m thor.report $OUT/t5"
