@@ -25,7 +25,7 @@ from thor.config import option
 from thor.data import Problem, read_problems
 from thor.dump import RoundDump
 from thor.engine import Engine
-from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories
+from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories, stop_if_lost
 from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
 from thor.metrics import MetricsLog
 from thor.model import Decoder
@@ -39,8 +39,6 @@ from thor.sandbox import LocalSandbox, open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
 from thor.trajectory import Trajectory
 from thor.weights import load_model
-
-MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
 
 Groups = list[list[Sample]]
 
@@ -106,8 +104,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         lowest = dict(rounds=1, problems_per_round=1, samples=2, branches=0, updates_per_round=1, groups_per_round=0,
-                      max_passes=1, max_branch_tokens=0, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0, eval_every=0,
-                      dump_every=0)
+                      max_passes=1, max_branch_tokens=0, save_every=1, keep=1, slots=1, pack_tokens=1, threads=0,
+                      eval_every=0, dump_every=0)
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {low} or more")
@@ -236,9 +234,8 @@ async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) 
     drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
     chosen = choose_failures(run, tools, failures, rng)  # section 4.2
     branches = await grow_branches(run, tools, chosen, number)
-    evaluation = {}
-    if due(run.options.eval_every, number):
-        evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems), number)
+    due = is_due(run.options.eval_every, number)
+    evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems), number) if due else {}
     return Sampled(drawn, kept, len(failures), chosen, branches, evaluation)
 
 
@@ -248,7 +245,7 @@ def learn(run: Run, sampled: Sampled, number: int, rng: random.Random) -> dict[s
     grown = filter_branches(branches)
     fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)
     score_old(run, fresh + steps)
-    dump = RoundDump(number) if due(options.dump_every, number) else None
+    dump = RoundDump(number) if is_due(options.dump_every, number) else None
     if dump:
         dump.drawn(drawn, kept, fresh)
         dump.grown(branches, grown, steps, sampled.chosen)
@@ -261,12 +258,12 @@ def learn(run: Run, sampled: Sampled, number: int, rng: random.Random) -> dict[s
         "trajectory/groups_too_old": len(carried) - len(run.state.carried)}
     metrics |= step_metrics(branches, sampled.num_failures, run.template) | grown.counts | updates | sampled.evaluation
     if dump:
-        eos = run.template.tokenizer.eos_token_id
-        dump.write(Path(options.out), dataclasses.asdict(options), eos, run.state.carried, metrics)
+        dump.write(Path(options.out), dataclasses.asdict(options), run.template.tokenizer.eos_token_id,
+                   run.state.carried, metrics)
     return metrics
 
 
-def due(every: int, number: int) -> bool:
+def is_due(every: int, number: int) -> bool:
     """Whether it is the turn of what happens every so many rounds; 0 is never."""
     return every > 0 and number % every == 0
 
@@ -339,15 +336,6 @@ async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], numb
         branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate) for failed in failures)))
     stop_if_lost(grown, "branches", number)
     return grown
-
-
-def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None:
-    """ValueError if the sandbox itself failed too often: that is nobody's reward, and no training goes on without it."""
-    everyone = [trajectory for group in groups for trajectory in group]
-    lost = sum(trajectory.finish == "infrastructure" for trajectory in everyone)
-    if lost > MAX_LOST_SHARE * len(everyone):
-        raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} {what} of round {number}, which is not the "
-                         "model's doing; the same command continues from the last checkpoint")
 
 
 def trajectory_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:

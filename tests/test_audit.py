@@ -1,4 +1,4 @@
-"""The check of dumped rounds: it passes what is right, and finds every seeded fault and names the number that is wrong."""
+"""The check of dumped rounds: it passes what is right, finds every seeded fault, and names the number that is wrong."""
 
 import json
 import os
@@ -18,19 +18,20 @@ from thor.trajectory import THINK, Execution, Span, Trajectory
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ["--style", "base", "--instruction", "", "--problems_per_round", "8", "--samples", "6", "--branches", "6",
-            "--max_response_tokens", "60", "--suffix_tokens", "6", "--max_branch_tokens", "40", "--min_response_tokens", "0",
-            "--box_within_last", "0", "--min_group_fraction", "0.25", "--nll_weight", "0.1", "--threads", "1",
-            "--slots", "32", "--dump_every", "1"]
+            "--max_response_tokens", "60", "--suffix_tokens", "6", "--max_branch_tokens", "40",
+            "--min_response_tokens", "0", "--box_within_last", "0", "--min_group_fraction", "0.25", "--nll_weight",
+            "0.1", "--threads", "1", "--slots", "32", "--dump_every", "1"]
 HOT = ["--rounds", "1", "--lr", "2e-2", "--updates_per_round", "6", "--step_weight", "0.5", "--pack_tokens", "150"]
 VARIANTS = {
-    "carried": ["--rounds", "2", "--updates_per_round", "2", "--lr", "3e-4", "--groups_per_round", "3", "--max_passes", "2"],
+    "carried": ["--rounds", "2", "--updates_per_round", "2", "--lr", "3e-4", "--groups_per_round", "3", "--max_passes",
+                "2"],
     "hot": HOT,
-    "options": ["--rounds", "1", "--updates_per_round", "4", "--lr", "1e-2", "--kl_weight", "0.1", "--entropy_weight", "0.01",
-                "--sequence_ratio", "True", "--importance_cap", "1", "--no_std", "True", "--code_only", "True", "--joint",
-                "True", "--min_response_tokens", "12", "--box_within_last", "12", "--dual_clip", "0"]}
+    "options": ["--rounds", "1", "--updates_per_round", "4", "--lr", "1e-2", "--kl_weight", "0.1", "--entropy_weight",
+                "0.01", "--sequence_ratio", "True", "--importance_cap", "1", "--no_std", "True", "--code_only", "True",
+                "--joint", "True", "--min_response_tokens", "12", "--box_within_last", "12", "--dual_clip", "0"]}
 
-# Lets train_rl.py of each given directory learn from the samples of a recorded round, in a process of its own; what takes
-# long the first time, in torch and transformers, is done once.
+# Lets train_rl.py of each given directory learn from the samples of a recorded round, in a process of its own; what
+# takes long the first time, in torch and transformers, is done once.
 LEARN = """
 import json, os, random, sys, torch, tqdm, safetensors.torch, torch._dynamo, torch.utils.checkpoint
 from transformers import AutoTokenizer, HfArgumentParser
@@ -48,7 +49,8 @@ for place in places:
         from thor import config
         from thor.trajectory import from_json
         run = train_rl.begin(config.parse(train_rl.TrainOptions, "", given))
-        drawn, grown = ([from_json(line) for line in open(f"{recorded}/{name}.jsonl")] for name in ("trajectories", "branches"))
+        drawn, grown = ([from_json(line) for line in open(f"{recorded}/{name}.jsonl")]
+                        for name in ("trajectories", "branches"))
         groups = {}
         for row in map(json.loads, open(f"{recorded}/samples.jsonl")):
             groups.setdefault((row["level"], row["group"]), []).append(row)
@@ -69,9 +71,11 @@ for place in places:
 FAULTS = {
     "none": ("thor/grpo.py", [], None),
     "mask: observations trained": ("thor/batch.py", [
-        ("mask = loss_mask(trajectory.spans, len(trajectory.response_ids))", "mask = [True] * len(trajectory.response_ids)"),
+        ("mask = loss_mask(trajectory.spans, len(trajectory.response_ids))",
+         "mask = [True] * len(trajectory.response_ids)"),
         ("trajectory.logprobs or [0.0] * len(mask)", "[p or 0.0 for p in trajectory.logprobs]")], "trained or not"),
-    "mask: act left out": ("thor/trajectory.py", [("[span.kind != OBSERVE for", "[span.kind == THINK for")], "trained or not"),
+    "mask: act left out": ("thor/trajectory.py", [
+        ("[span.kind != OBSERVE for", "[span.kind == THINK for")], "trained or not"),
     "mask: end of turn left out": ("thor/batch.py", [
         ("loss_mask(trajectory.spans, len(trajectory.response_ids))",
          "loss_mask(trajectory.spans, len(trajectory.response_ids))[:-1] + [False]")], "trained or not"),
@@ -88,13 +92,14 @@ FAULTS = {
     "clip: no dual clip": ("thor/grpo.py", [("if dual_clip is not None:", "if False:")], "trajectory_grpo"),
     "std: of the population": ("thor/grpo.py", [("/ (size - 1).clamp(min=1)", "/ size")], "advantage"),
     "std: another ε": ("thor/grpo.py", [("STD_EPSILON = 1e-6", "STD_EPSILON = 1e-4")], "advantage"),
-    "NLL: over all tokens": ("thor/grpo.py", [("chosen & positive, num_positive", "chosen, num_chosen")], "trajectory_nll"),
-    "NLL: rewards instead of advantages": ("thor/grpo.py", [
-        ("tokens.advantages > 0, tokens.is_step\n    num", "tokens.advantages < 0, tokens.is_step\n    num")], "step_nll"),
+    "NLL: over all tokens": ("thor/grpo.py", [
+        ("chosen & positive, num_positive", "chosen, num_chosen")], "trajectory_nll"),
+    "NLL: on the negative ones": ("thor/grpo.py", [
+        ("options), tokens.advantages > 0", "options), tokens.advantages < 0")], "step_nll"),
     "weights: λ twice": ("thor/grpo.py", [("* step\n", "* options.step_weight * step\n")], "loss"),
     "weights: α left out": ("thor/grpo.py", [("+ nll_weight * parts", "+ parts")], "loss"),
-    "filter: failures are punished": ("thor/filters.py", [("if not all(execution.passed", "if False and not all(execution.passed")],
-                                      "removed"),
+    "filter: failures are punished": ("thor/filters.py", [
+        ("if not all(execution.passed", "if False and not all(execution.passed")], "removed"),
 }
 
 
@@ -174,7 +179,8 @@ def test_the_round_with_faults_reaches_every_branch_of_eq_5(faulty):
     steps = [audit.tokens_of_update(dump, number) for number in range(len(dump.updates))]
     ratio = np.concatenate([audit_equations.ratios(tokens, dump.options) for tokens in steps])
     advantage = np.concatenate([tokens.advantage for tokens in steps])
-    assert (ratio[advantage > 0] > 1.28).any() and (ratio[advantage < 0] < 0.8).any() and (ratio[advantage < 0] > 3).any()
+    good, bad = ratio[advantage > 0], ratio[advantage < 0]
+    assert (good > 1.28).any() and (bad < 0.8).any() and (bad > 3).any()
 
 
 def test_a_difference_names_the_first_trajectory_the_number_and_both_values(faulty, capsys):
@@ -182,9 +188,11 @@ def test_a_difference_names_the_first_trajectory_the_number_and_both_values(faul
     [line] = [line for line in capsys.readouterr().out.splitlines() if "advantage" in line]
     first = next(item for item in audit.read_round(faulty["none"] / "dump" / "round_000001", {}).items
                  if item.logged["advantage"] is not None)
-    right, size = first.logged["advantage"], 6
-    assert f"advantage of trajectory {first.record.id!r}, sample {first.record.sample} " in line
-    assert f"recomputed {right:.6f}"[:18] in line and "more)" in line and size
+    right = first.logged["advantage"]
+    assert f"advantage of trajectory {first.record.id!r}, sample {first.record.sample} (line " in line
+    logged, recomputed = (float(line.partition(f"{word} ")[2].split()[0].rstrip(","))
+                          for word in ("logged", "recomputed"))
+    assert recomputed == pytest.approx(right, rel=1e-12) and abs(logged) > abs(right) and "more)" in line
 
 
 TAMPERINGS = {
@@ -193,7 +201,8 @@ TAMPERINGS = {
     "advantage": ("samples.jsonl", lambda row: {"advantage": 1.0001 * row["advantage"]} if row["advantage"] else {}),
     "fork": ("samples.jsonl", lambda row: {"fork": row["fork"] + 1} if row["parent"] is not None else {}),
     "trained, kept for later": ("samples.jsonl", lambda row: {"kept_for_later": True} if row["update"] == 0 else {}),
-    "updates": ("samples.jsonl", lambda row: {"update": 1 - row["update"]} if row["update"] in (0, 1) and row["line"] % 2 else {}),
+    "updates": ("samples.jsonl",
+                lambda row: {"update": 1 - row["update"]} if row["update"] in (0, 1) and row["line"] % 2 else {}),
     "clipped_high": ("updates.jsonl", lambda row: {"clipped_high": row["clipped_high"] + 1}),
     "count step_positive": ("updates.jsonl", lambda row: {"counts": row["counts"] | {"step_positive": 1}}),
     "loss": ("updates.jsonl", lambda row: {"loss": row["loss"] * 1.0001}),
@@ -225,13 +234,14 @@ def random_tokens(seed: int) -> tuple[torch.Tensor, grpo.Tokens, torch.Tensor, t
     new, old, sampled, reference = (-3 * torch.rand(60, generator=rng).double() for _ in range(4))
     advantages = torch.tensor([1.2, -0.7, 0.3, -2.0, 0.9, -0.9, 0.0, 0.4]).double()
     old = old - advantages.sign().repeat_interleave(sizes)  # whole sequences beyond the clip, too
-    tokens = grpo.Tokens(old, sampled, advantages.repeat_interleave(sizes), (torch.arange(8) > 4).repeat_interleave(sizes),
-                         torch.arange(8).repeat_interleave(sizes))
+    tokens = grpo.Tokens(old, sampled, advantages.repeat_interleave(sizes),
+                         (torch.arange(8) > 4).repeat_interleave(sizes), torch.arange(8).repeat_interleave(sizes))
     return new, tokens, reference, torch.rand(60, generator=rng).double()
 
 
-@pytest.mark.parametrize("more", [{}, {"joint": True}, {"sequence_ratio": True}, {"importance_cap": 1.5}, {"dual_clip": None},
-                                  {"kl_weight": 0.3, "entropy_weight": 0.2, "step_weight": 0.4, "nll_weight": 0.7}])
+@pytest.mark.parametrize("more", [
+    {}, {"joint": True}, {"sequence_ratio": True}, {"importance_cap": 1.5}, {"dual_clip": None},
+    {"kl_weight": 0.3, "entropy_weight": 0.2, "step_weight": 0.4, "nll_weight": 0.7}])
 def test_both_formulations_of_eq_4_to_8_give_the_same_numbers(more):
     """Each is the other's oracle; float64 on both sides, so that nothing hides behind a tolerance."""
     new, tokens, reference, entropies = random_tokens(1)
@@ -296,6 +306,7 @@ def test_a_dump_that_is_not_whole_gets_one_sentence_and_exit_code_2(faulty, tmp_
 
 def test_the_check_shares_no_code_with_what_it_checks():
     """Of the package it imports the file format alone, and no torch."""
-    program = "import sys, thor.audit; print(*sorted(name for name in sys.modules if name.startswith('thor.')), 'torch' in sys.modules)"
+    program = ("import sys, thor.audit\n"
+               "print(*sorted(name for name in sys.modules if name.startswith('thor.')), 'torch' in sys.modules)")
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert said == ["thor.audit", "thor.audit_equations", "thor.trajectory", "False"]

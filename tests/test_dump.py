@@ -13,11 +13,12 @@ from thor.dump import RoundDump
 from thor.trajectory import OBSERVE, Trajectory, from_json
 
 SETTINGS = ["--style", "base", "--instruction", "", "--problems_per_round", "8", "--samples", "6", "--branches", "6",
-            "--updates_per_round", "2", "--max_response_tokens", "60", "--suffix_tokens", "6", "--max_branch_tokens", "40",
-            "--min_response_tokens", "0", "--box_within_last", "0", "--min_group_fraction", "0.25", "--lr", "3e-4",
-            "--nll_weight", "0.1", "--threads", "1", "--slots", "32", "--groups_per_round", "3", "--max_passes", "2"]
-FILES = {"settings.json", "trajectories.jsonl", "branches.jsonl", "samples.jsonl", "tokens.safetensors", "updates.jsonl",
-         "metrics.json"}
+            "--updates_per_round", "2", "--max_response_tokens", "60", "--suffix_tokens", "6", "--max_branch_tokens",
+            "40", "--min_response_tokens", "0", "--box_within_last", "0", "--min_group_fraction", "0.25", "--lr",
+            "3e-4", "--nll_weight", "0.1", "--threads", "1", "--slots", "32", "--groups_per_round", "3", "--max_passes",
+            "2"]
+FILES = {"settings.json", "trajectories.jsonl", "branches.jsonl", "samples.jsonl", "tokens.safetensors",
+         "updates.jsonl", "metrics.json"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def runs(tiny_directory, tmp_path_factory) -> dict[str, Path]:
     found = {"dumped": folder / "dumped", "resumed": folder / "resumed"}
     for name, more in (("dumped", ["--rounds", "2", "--dump_every", "1"]), ("resumed", ["--rounds", "1"]),
                        ("resumed", ["--rounds", "2", "--dump_every", "2"])):
-        given = ["--model", str(tiny_directory), "--problems", str(problems), "--out", str(found[name]), *SETTINGS, *more]
+        given = ["--model", str(tiny_directory), "--problems", str(problems), "--out", str(found[name])]
+        given += SETTINGS + more
         train_rl.main(config.parse(train_rl.TrainOptions, "", given))
     return found
 
@@ -46,7 +48,8 @@ def place(run: Path, number: int) -> Path:
 def records(directory: Path) -> dict[str, list[Trajectory]]:
     """Trajectories and branches, by level."""
     names = {"trajectory": "trajectories.jsonl", "step": "branches.jsonl"}
-    return {level: [from_json(line) for line in (directory / name).read_text().splitlines()] for level, name in names.items()}
+    return {level: [from_json(line) for line in (directory / name).read_text().splitlines()]
+            for level, name in names.items()}
 
 
 def test_dumping_changes_no_number_and_may_be_switched_on_when_a_run_is_continued(runs):
@@ -70,7 +73,8 @@ def test_every_sample_is_listed_once_and_counted_as_the_metrics_count_it(runs):
         samples, drawn = lines(directory / "samples.jsonl"), records(directory)
         fresh = [(sample["level"], sample["line"]) for sample in samples if not sample["carried"]]
         assert fresh == [(level, line) for level in drawn for line in range(len(drawn[level]))]
-        assert len(drawn["trajectory"]) == metrics["trajectory/drawn"] and lines(directory / "metrics.json") == [metrics]
+        assert len(drawn["trajectory"]) == metrics["trajectory/drawn"]
+        assert lines(directory / "metrics.json") == [metrics]
         for level in drawn:
             kept = [s for s in samples if s["level"] == level and not s["carried"] and s["removed"] is None]
             assert len(kept) == metrics[f"{level}/kept"]
@@ -150,4 +154,5 @@ def test_a_dump_that_cannot_be_written_leaves_the_one_before_whole(tmp_path):
 
 def test_a_round_without_any_sample_is_dumped_too(tmp_path):
     target = write_empty(tmp_path)
-    assert lines(target / "samples.jsonl") == [] and {len(c) for c in load_file(target / "tokens.safetensors").values()} == {0}
+    columns = load_file(target / "tokens.safetensors")
+    assert lines(target / "samples.jsonl") == [] and {len(column) for column in columns.values()} == {0}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from thor.reward import boxed_answer, step_reward, trajectory_reward
 from thor.trajectory import ACT, THINK, Trajectory, kept_executions, loss_mask
 
+MAX_LOST_SHARE = 0.1  # of a round's trajectories, lost to the sandbox's own failures, before the run stops
+
 Group = list[Trajectory]
 
 TRAJECTORY_REASONS = ("infrastructure", "failed_execution", "short", "no_box_at_end")
@@ -108,6 +110,15 @@ def lost_by_sandbox(trajectory: Trajectory) -> bool:
     """Whether it ended in a failure of the sandbox, which is never the policy's."""
     outcomes = [execution.outcome for execution in kept_executions(trajectory)]
     return trajectory.finish == "infrastructure" or "infrastructure" in outcomes
+
+
+def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None:
+    """ValueError if the sandbox itself failed too often in a round: no training goes on without it."""
+    everyone = [trajectory for group in groups for trajectory in group]
+    lost = sum(trajectory.finish == "infrastructure" for trajectory in everyone)
+    if lost > MAX_LOST_SHARE * len(everyone):
+        raise ValueError(f"the sandbox failed in {lost} of {len(everyone)} {what} of round {number}, which is not the "
+                         "model's doing; the same command continues from the last checkpoint")
 
 
 def branch_reward(branch: Trajectory) -> float:
