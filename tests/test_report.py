@@ -30,7 +30,8 @@ HASHES = ["group=0&sample=0&colour=mask", "group=0&sample=0&colour=advantage", "
           "group=0&sample=1&colour=clipped", "group=0&sample=1&colour=advantage", "group=0&sample=0&colour=gap",
           "group=0&sample=0&colour=weight", "group=0&sample=0&colour=surprise", "group=0&sample=2&colour=mask",
           "group=1&sample=0&colour=ratio", "group=2&sample=0", "group=3&sample=0&colour=mask",
-          "group=4&filter=failures", "group=5&filter=removed&token=0", "group=6&filter=branches&colour=clipped", "group=8"]
+          "group=4&filter=failures", "group=6&sample=1&token=0", "group=5&filter=removed&token=0",
+          "group=6&filter=branches&colour=clipped", "group=8"]
 VARIANTS = [{}, {"joint": True}, {"sequence_ratio": True}, {"importance_cap": 0.9999995}, {"dual_clip": 0},
             {"step_weight": 0.5}, {"kl_weight": 0.1}, {"clip_low": 0.05, "clip_high": 0.01}]
 
@@ -426,6 +427,12 @@ def test_the_weight_of_every_token_is_the_derivative_of_the_loss(light, dump, ch
 def test_the_inspector_shows_how_the_weight_is_made(light):
     [said] = view(light, "group=0&sample=0&colour=ratio&token=0")["inspect"]
     assert "0 (Eq. 5: ρ above 1 + ε_high) + α 0.01 / " in said and "tokens with Â > 0 (Eq. 6)" in said
+
+
+def test_a_branchs_token_has_an_address_too(light, dump):
+    [said] = view(light, "group=6&sample=1&token=0")["inspect"]
+    tokens = dump.updates[dump.samples[18]["update"]]["counts"]["step_tokens"]
+    assert f"Â −1.155 / {tokens} tokens" in said or "Eq. 5: ρ above c" in said
 
 
 def test_curves_mark_the_dumped_round_and_say_its_numbers(light):
