@@ -49,7 +49,7 @@ stage() {
 together() { set -m; "$@" & BESIDE=$!; set +m; }  # a process group of its own, so that it can be ended with its children
 join() { wait "$BESIDE" || exit 2; BESIDE=; }
 BESIDE=
-trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null' EXIT
+trap '[ -z "$BESIDE" ] || { kill -- -"$BESIDE"; wait "$BESIDE"; } 2>/dev/null || true' EXIT
 
 evaluate() { # model, temperature, corrections
     local rounds=3; [ "$1" = t1 ] || [ "$1" = t2 ] && rounds=0

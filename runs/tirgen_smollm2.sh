@@ -20,7 +20,7 @@ GGUF=$(python -c 'import sys; sys.path.insert(0, "."); from runs import smollm2;
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 SERVER=
-trap '[ -z "$SERVER" ] || { kill "$SERVER"; wait "$SERVER"; } 2>/dev/null' EXIT
+trap '[ -z "$SERVER" ] || { kill "$SERVER"; wait "$SERVER"; } 2>/dev/null || true' EXIT
 trap 'exit 130' INT TERM
 echo "starting the Critic's server; its log is $OUT/server.log …"
 python -m llama_cpp.server --model "$GGUF" --host 127.0.0.1 --port "$PORT" --n_ctx 2048 --n_threads 1 \

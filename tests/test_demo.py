@@ -27,6 +27,16 @@ def test_an_unknown_option_is_one_sentence_and_exit_code_2():
     assert done.returncode == 2 and "--nonsense is not an option" in done.stderr
 
 
+@pytest.mark.parametrize("script, name", [("demo.sh", "BESIDE"), ("tirgen_smollm2.sh", "SERVER")])
+@pytest.mark.parametrize("last, code", [("true", 0), ("exit 2", 2)])
+def test_what_runs_beside_a_script_is_ended_with_it_and_its_exit_code_stays(script, name, last, code, tmp_path):
+    trap = next(line for line in (ROOT / "runs" / script).read_text().splitlines() if line.endswith("EXIT"))
+    lines = ["set -euo pipefail", f"{name}=", trap, "set -m", "sleep 100 &", f"{name}=$!", "set +m", f"echo ${name}", last]
+    (tmp_path / "script.sh").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(["bash", tmp_path / "script.sh"], capture_output=True, text=True)
+    assert done.returncode == code and not Path(f"/proc/{int(done.stdout)}").exists()
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     """T4: 3 rounds of 2 s; T5: 3 rounds of 5 s."""
