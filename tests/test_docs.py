@@ -10,16 +10,17 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def defined(path: Path) -> set[str]:
-    """Functions and classes of a file, methods too."""
-    return {node.name for node in ast.walk(ast.parse(path.read_text()))
+def defined(path: Path) -> dict[str, int]:
+    """Functions and classes of a file, methods too, and the lines where they begin."""
+    return {node.name: node.lineno for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
 
 
-def test_every_equation_names_a_function_that_exists():
-    rows = re.findall(r"`([\w/]+\.py): ([\w]+)`", (ROOT / "docs" / "equations.md").read_text())
-    assert len(rows) >= 8
-    assert [(file, name) for file, name in rows if name not in defined(ROOT / file)] == []
+def test_every_equation_links_to_its_functions_line():
+    rows = re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)#L(\d+)\)", (ROOT / "docs" / "equations.md").read_text())
+    assert len(rows) >= 10
+    assert [(name, file, int(line)) for name, file, line in rows] == [
+        (name, file, defined(ROOT / file).get(name)) for name, file, _ in rows]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
