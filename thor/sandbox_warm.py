@@ -37,8 +37,8 @@ def heap_pages(maps: str) -> Iterator[int]:
     `list(heap_pages("00200000-00700000 rw-p 00000000 00:00 0"))` is `[0x200000, 0x400000]`.
     """
     for line in maps.splitlines():
-        span, rights, _, _, inode, *name = line.split()
-        if rights != "rw-p" or inode != "0" or name not in ([], ["[heap]"]):
+        span, rights, _, _, _, *name = line.split()
+        if rights != "rw-p" or name not in ([], ["[heap]"]):  # a file's pages have its name
             continue
         start, end = (int(address, 16) for address in span.split("-"))
         yield from range(-(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE, HUGE_PAGE)
