@@ -188,15 +188,18 @@ class Sink:
 
 
 async def run(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]],
-              done: Callable[[Trajectory], Awaitable[None]]) -> None:
-    """Solve `jobs`, (problem, sample numbers) each; `done` gets every trajectory as it ends."""
-    closed_sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
-                                  options.sandbox_log_mode)
+              done: Callable[[Trajectory], Awaitable[None]], recorded: list[RecordedSandbox] | None = None) -> None:
+    """Solve `jobs`, (problem, sample numbers) each; `done` gets every trajectory as it ends.
+
+    With `recorded`, one for each job, no code runs.
+    """
+    closed_sandbox = contextlib.nullcontext() if recorded else open_sandbox(
+        options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log, options.sandbox_log_mode)
     engine, in_flight = build_engine(options, template, jobs)
     async with closed_sandbox as sandbox:
-        tools, gate = Tools(engine, sandbox, template), asyncio.Semaphore(in_flight)
-        await asyncio.gather(*(solve_group(tools, problem, samples, options.rollout, gate, done)
-                               for problem, samples in jobs))
+        gate = asyncio.Semaphore(in_flight)
+        await asyncio.gather(*(solve_group(Tools(engine, own, template), problem, samples, options.rollout, gate, done)
+                               for (problem, samples), own in zip(jobs, recorded or [sandbox] * len(jobs), strict=True)))
 
 
 def replay(options: GenerateOptions) -> None:
@@ -225,20 +228,12 @@ async def run_again(options: GenerateOptions, recorded: list[Trajectory]) -> lis
     """Each trajectory sampled once more, in order; with --recorded_tools its code gets what it got before."""
     template, found = make_template(options), {}
     jobs = [(Problem(trajectory.id, trajectory.question, trajectory.answer), [trajectory.sample]) for trajectory in recorded]
-    sandbox = open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
-                           options.sandbox_log_mode)
-    engine, in_flight = build_engine(options, template, jobs)
-    gate = asyncio.Semaphore(in_flight)
+    with tqdm(total=len(recorded), unit="trajectory") as bar:
+        async def done(trajectory: Trajectory) -> None:
+            found[trajectory.id, trajectory.sample] = trajectory
+            bar.update()
 
-    async def done(trajectory: Trajectory) -> None:
-        found[trajectory.id, trajectory.sample] = trajectory
-        bar.update()
-
-    async with contextlib.nullcontext() if options.recorded_tools else sandbox as tool:
-        with tqdm(total=len(recorded), unit="trajectory") as bar:
-            await asyncio.gather(*(solve_group(
-                Tools(engine, RecordedSandbox(trajectory) if options.recorded_tools else tool, template), problem, samples,
-                options.rollout, gate, done) for trajectory, (problem, samples) in zip(recorded, jobs, strict=True)))
+        await run(options, template, jobs, done, list(map(RecordedSandbox, recorded)) if options.recorded_tools else None)
     return [found[trajectory.id, trajectory.sample] for trajectory in recorded]
 
 
