@@ -30,6 +30,7 @@ from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hiera
 from thor.metrics import MetricsLog
 from thor.model import Decoder
 from thor.optimizer import Skips, make_optimizer, take_step
+from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.reward import grade, trajectory_reward
 from thor.rl_evaluation import Evaluation, evaluate
 from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
@@ -80,6 +81,7 @@ class TrainOptions:
     nll_weight: float = option(0.01, "α of Eq. 7")
     step_weight: float = option(1.0, "λ of Eq. 8")
     joint: bool = option(False, "one normaliser over trajectories and branches, as the released code has it")
+    quirk: str = option("", "the released code's behaviours, by name, separated by commas (docs/departures.md)")
     code_only: bool = option(False, "train branches on their code alone, not on the suffix before it")
     no_std: bool = option(False, "advantages without division by the standard deviation (Dr. GRPO)")
     sequence_ratio: bool = option(False, "one ratio a sequence (GSPO)")
@@ -116,6 +118,12 @@ class TrainOptions:
         if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
             raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
                              f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
+        self.joint = self.joint or "mixed_normaliser" in self.quirks
+
+    @property
+    def quirks(self) -> frozenset[str]:
+        """Names of thor/quirks.py."""
+        return parse_quirks(self.quirk)
 
     @property
     def branch_limit(self) -> int:
@@ -233,6 +241,8 @@ async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) 
     """Trajectories, branches, and the evaluation if it is due."""
     drawn, kept, failures = await sample_groups(run, tools, number)  # section 4.1
     chosen = choose_failures(run, tools, failures, rng)  # section 4.2
+    if "success_branch" in run.options.quirks and run.options.branches and not chosen:
+        chosen = random_success(tools, drawn, run.options.suffix_tokens, rng)
     branches = await grow_branches(run, tools, chosen, number)
     due = is_due(run.options.eval_every, number)
     evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems), number) if due else {}
@@ -242,8 +252,8 @@ async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) 
 def learn(run: Run, sampled: Sampled, number: int, rng: random.Random) -> dict[str, float | None]:
     """Filter, score with π_old, update; the round's metrics, and its dump if that is due."""
     options, drawn, kept, branches = run.options, sampled.drawn, sampled.kept, sampled.branches
-    grown = filter_branches(branches)
-    fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options)
+    grown = filter_branches(branches, "no_code_passes" in options.quirks)
+    fresh, steps = trajectory_groups(kept.groups, options), branch_groups(grown.groups, options, run.template)
     score_old(run, fresh + steps)
     dump = RoundDump(number) if is_due(options.dump_every, number) else None
     if dump:
@@ -277,7 +287,8 @@ def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, 
 async def sample_groups(run: Run, tools: Tools, number: int) -> tuple[list[list[Trajectory]], Kept, list[FailedStep]]:
     """G graded trajectories of each problem, until enough groups survive the filters or the passes are spent."""
     options, drawn, failures = run.options, [], []
-    filters = TrajectoryFilters(options.min_response_tokens, options.box_within_last, options.min_group_fraction)
+    filters = TrajectoryFilters(options.min_response_tokens, options.box_within_last, options.min_group_fraction,
+                                1 if "lone_reward" in options.quirks else 2)
     for _ in range(options.max_passes if options.groups_per_round else 1):
         drawn += await sample_problems(run, tools, next_problems(run), number, failures)
         kept = filter_trajectories(drawn, filters, run.template.decode)
@@ -325,7 +336,9 @@ def choose_failures(run: Run, tools: Tools, failures: list[FailedStep], rng: ran
     chosen = sorted(rng.sample(range(len(failures)), min(len(failures), run.options.problems_per_round)))
     for place in set(range(len(failures))) - set(chosen):
         tools.engine.free(failures[place].sequence)
-    return [failures[place] for place in chosen]
+    kept = [failures[place] for place in chosen]
+    loose = "loose_anchor" in run.options.quirks
+    return [loosened(failed, run.options.suffix_tokens) for failed in kept] if loose else kept
 
 
 async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], number: int) -> list[list[Trajectory]]:
@@ -340,18 +353,26 @@ async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], numb
 
 def trajectory_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:
     """Surviving trajectories as samples with their advantages (Eq. 3)."""
-    return [[trajectory_sample(trajectory, advantage) for trajectory, advantage in zip(
+    made = [[trajectory_sample(trajectory, advantage) for trajectory, advantage in zip(
         group, advantages_of([trajectory_reward(t) for t in group], options), strict=True)] for group in groups]
+    if "misplaced_mask" in options.quirks:
+        return [[with_misplaced_mask(*pair) for pair in zip(*both, strict=True)] for both in zip(made, groups, strict=True)]
+    return made
 
 
-def branch_groups(groups: list[list[Trajectory]], options: TrainOptions) -> Groups:
+def branch_groups(groups: list[list[Trajectory]], options: TrainOptions, template: Template) -> Groups:
     """Surviving branches as samples with their advantages (Eq. 3 over R')."""
-    return [[branch_sample(branch, advantage, options.code_only) for branch, advantage in zip(
+    made = [[branch_sample(branch, advantage, options.code_only) for branch, advantage in zip(
         group, advantages_of([branch_reward(b) for b in group], options), strict=True)] for group in groups]
+    if "pad_after_code" in options.quirks:
+        return [[with_pad(sample, template.tokenizer.eos_token_id) for sample in group] for group in made]
+    return made
 
 
 def advantages_of(rewards: list[float], options: TrainOptions) -> list[float]:
     """Eq. 3 of one group."""
+    if len(rewards) == 1 and "lone_reward" in options.quirks:
+        return rewards
     rewards_N = torch.tensor(rewards, dtype=torch.float64)
     return group_advantages(rewards_N, torch.zeros(len(rewards), dtype=torch.int64), not options.no_std).tolist()
 
@@ -405,7 +426,9 @@ def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = Non
         with torch.no_grad():
             reference = None if run.reference is None else score(run.reference, pack, options.temperature)[0]
         given = (logprobs, known, counts, loss_options, reference, entropies)
-        loss = hierarchical_loss(*given)
+        if "pack_means" in options.quirks:
+            given = (logprobs, known, count_tokens(known), loss_options, reference, entropies)
+        loss = hierarchical_loss(*given) / (len(laid) if "pack_means" in options.quirks else 1)
         loss.backward()
         if dump:
             dump.pack(group, *given)

@@ -50,6 +50,7 @@ LAYERS = {
     "funnel": {"data", "tirgen_filters", "trajectory", "tries"},
     "actor_critic": {"clients", "critic", "data", "reward", "rollout", "sampling", "sandbox", "template", "tirgen_text",
                      "trajectory", "tries"},
+    "quirks": {"batch", "rollout", "sampling", "trajectory"},
     "rl_evaluation": {"checkpoint", "data", "filters", "reward", "rl_metrics", "rollout", "trajectory"},
     "audit_equations": {"trajectory"},
     "audit": {"audit_equations", "trajectory"},  # shares nothing with what it checks

@@ -364,6 +364,8 @@ def policy_metrics(updates: list[dict], steps: list[Tokens]) -> dict[str, Number
 
 def report(dump: Round, findings: Findings) -> None:
     """One line for a round that agrees, else one for each kind of difference."""
+    if dump.options.get("quirk"):
+        print(f"round {dump.number}: made with --quirk {dump.options['quirk']}, which departs from the equations")
     for kind, first in findings.first.items():
         more = findings.count[kind] - 1
         print(f"round {dump.number}: {first}" + (f" (and {more} more)" if more else ""))

@@ -22,10 +22,10 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from thor.batch import Sample
-from thor.filters import Kept
+from thor.filters import Kept, branch_reward
 from thor.grpo import Counts, LossOptions, Tokens, loss_parts
 from thor.metrics import log_line
-from thor.reward import step_reward, trajectory_reward
+from thor.reward import trajectory_reward
 from thor.rollout import FailedStep
 from thor.trajectory import Trajectory, to_json
 
@@ -82,7 +82,8 @@ class RoundDump:
         for group, reasons, failed in zip(groups, kept.reasons, failures, strict=True):
             fork = failed.anchor - len(failed.trajectory.prompt_ids)
             for branch, why in zip(group, reasons, strict=True):
-                reward = step_reward(branch.executions[0]) if branch.executions else None
+                judged = branch.executions or why is None  # without code only where a quirk keeps it
+                reward = branch_reward(branch) if judged and why != "infrastructure" else None
                 self._add("step", len(self.branches), reward, why, samples, lines[id(failed.trajectory)], fork)
                 self.branches.append(branch)
             self.num_groups += 1

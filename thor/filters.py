@@ -28,6 +28,7 @@ class TrajectoryFilters:
     min_response_tokens: int = 150  # trained tokens; 0 is off
     box_within_last: int = 100  # trained tokens; 0 is off
     min_group_fraction: float = 0.5  # of the samples that were drawn
+    min_group_members: int = 2  # 1 is a quirk (thor/quirks.py): Eq. 3 has no advantage for a group of one
 
     def __post_init__(self) -> None:
         for name in ("min_response_tokens", "box_within_last"):
@@ -56,22 +57,22 @@ def filter_trajectories(groups: list[Group], filters: TrajectoryFilters, decode:
     def group_reason(survivors: Group, num_drawn: int) -> str | None:
         if not survivors or len(survivors) < filters.min_group_fraction * num_drawn:
             return "groups_too_few"
-        return no_advantage(survivors, trajectory_reward)
+        return None if len(survivors) == filters.min_group_members == 1 else no_advantage(survivors, trajectory_reward)
 
     reasons = [[trajectory_reason(trajectory, filters, decode) for trajectory in group] for group in groups]
     return _keep("trajectory", groups, reasons, group_reason, (*TRAJECTORY_REASONS, "groups_too_few", *GROUP_REASONS))
 
 
-def filter_branches(groups: list[Group]) -> Kept:
+def filter_branches(groups: list[Group], no_code_passes: bool = False) -> Kept:
     """Method, section 4.2: `groups` hold the branches of one failed step each; a branch is one think–act step.
 
     Removed: what the sandbox lost, EOS before a block, a block still open (or none) at the limit; then groups with
-    fewer than two survivors or without a difference in reward.
+    fewer than two survivors or without a difference in reward. `no_code_passes` keeps branches without a closed block.
     """
     def group_reason(survivors: Group, _: int) -> str | None:
         return no_advantage(survivors, branch_reward)
 
-    reasons = [[branch_reason(branch) for branch in group] for group in groups]
+    reasons = [[branch_reason(branch, no_code_passes) for branch in group] for group in groups]
     return _keep("step", groups, reasons, group_reason, (*STEP_REASONS, *GROUP_REASONS))
 
 
@@ -96,12 +97,14 @@ def trajectory_reason(trajectory: Trajectory, filters: TrajectoryFilters,
     return None
 
 
-def branch_reason(branch: Trajectory) -> str | None:
+def branch_reason(branch: Trajectory, no_code_passes: bool = False) -> str | None:
     """Why a branch does not count at the step level; None if it does."""
     if lost_by_sandbox(branch):
         return "infrastructure"
     if kept_executions(branch):
         assert len(branch.executions) == 1 and branch.spans[-1].kind == ACT, "a branch ends at its first closing fence"
+        return None
+    if no_code_passes:
         return None
     return "eos_before_code" if branch.finish == "eos" else "no_closed_block"
 
@@ -122,8 +125,8 @@ def stop_if_lost(groups: list[list[Trajectory]], what: str, number: int) -> None
 
 
 def branch_reward(branch: Trajectory) -> float:
-    """R' of method, section 4.2, of a branch whose code ran."""
-    reward = step_reward(branch.executions[0])
+    """R' of method, section 4.2, of a branch whose code ran; 1 for one without code, which only a quirk keeps."""
+    reward = step_reward(branch.executions[0]) if branch.executions else 1.0
     assert reward is not None, "what the sandbox lost was removed before"
     return reward
 
