@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,14 @@ def test_every_sample_is_kept_or_counted_under_one_reason(trained):
 
 def test_the_trainer_scores_what_the_sampler_sampled(trained):
     assert all(line["policy/sampler_gap_max"] < 2e-4 for line in metrics_of(trained))
+
+
+def test_every_number_that_a_round_logs_is_explained(trained):
+    explained = set(re.findall(r"`([\w/*]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    families = tuple(name.rstrip("*") for name in explained if name.endswith("*"))
+    logged = {name for line in metrics_of(trained) for name in line} | set(
+        json.loads((trained / "timing.jsonl").read_text().splitlines()[0]))
+    assert {name for name in logged if name not in explained | {"step"} and not name.startswith(families)} == set()
 
 
 def test_surplus_groups_are_carried_to_the_next_round(trained):
