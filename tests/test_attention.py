@@ -126,3 +126,21 @@ def assert_same_bits(model: Decoder, num_sequences: int, longest: int, chunk: in
         logits = head(model, hidden[:len(ids)], exact=True).split([row.count for _, row in step])
         for (i, row), got in zip(step, logits):
             assert torch.equal(got, alone[i][row.start:row.start + row.count])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("shape_name", ["groups of seven", "wide heads"])
+def test_the_kernel_over_the_whole_stream_equals_one_sequence_at_a_time_forward_and_backward(shape_name):
+    """In bfloat16 against the slow twin in float32 on the same numbers."""
+    heads, kv_heads, head_dim = SHAPES[shape_name]
+    torch.manual_seed(0)
+    lengths = [300, 1, 77]
+    given = [torch.randn(378, n, head_dim, device="cuda").bfloat16() for n in (heads, kv_heads, kv_heads)]
+    fast, slow = ([x.to(dtype).requires_grad_() for x in given] for dtype in (torch.bfloat16, torch.float32))
+    results = [packed(lengths)(0, *inputs) for inputs in (fast, slow)]
+    for result in results:
+        result.float().square().sum().backward()
+    torch.testing.assert_close(results[0].float(), results[1], atol=2e-2, rtol=2e-2)
+    for found, expected in zip(fast, slow, strict=True):
+        torch.testing.assert_close(found.grad.float(), expected.grad, atol=5e-2 * expected.grad.abs().max().item(), rtol=5e-2)

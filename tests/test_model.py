@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from thor.attention import packed
-from thor.model import Decoder
+from thor.model import Decoder, compile_layers
 from thor.weights import load_model
 
 
@@ -61,3 +61,45 @@ def test_logits_are_float32_or_better_whatever_the_weights_are(random_directorie
     assert other.dtype == torch.promote_types(dtype, torch.float32)
     error = (other.log_softmax(-1) - exact.log_softmax(-1)).abs().mean()
     assert error < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def gradients_of(model: Decoder, ids: list[int]) -> list[torch.Tensor]:
+    model.zero_grad()
+    logits_of(model, [ids]).log_softmax(-1)[:, 5].sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+class CountingLayers:
+    """How often any layer of a model is computed."""
+
+    def __init__(self, model: Decoder):
+        self.forwards = 0
+        for layer in model.model["layers"]:
+            layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer: torch.nn.Module, inputs: tuple) -> None:
+        self.forwards += 1
+
+
+def test_layers_computed_again_give_the_same_gradients_to_the_bit(random_directories):
+    model, [ids] = load_model(random_directories["qwen3"]), some_sequences([40])
+    kept = gradients_of(model, ids)
+    counting, model.checkpoint_layers = CountingLayers(model), True
+    for again, grad in zip(gradients_of(model, ids), kept, strict=True):
+        assert torch.equal(again, grad)
+    assert counting.forwards == 2 * model.config.num_layers
+    with torch.no_grad():
+        logits_of(model, [ids])
+    assert counting.forwards == 3 * model.config.num_layers, "without gradients nothing is computed twice"
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradients(random_directories):
+    model, [ids, longer] = load_model(random_directories["qwen3"]), some_sequences([40, 57])
+    plain = [gradients_of(model, some) for some in (ids, longer)]
+    names = [name for name, _ in model.named_parameters()]
+    compile_layers(model)
+    assert [name for name, _ in model.named_parameters()] == names, "a compiled model is still the checkpoint's"
+    for some, expected in zip((ids, longer), plain, strict=True):
+        for found, grad in zip(gradients_of(model, some), expected, strict=True):
+            torch.testing.assert_close(found, grad, atol=1e-4, rtol=1e-4)

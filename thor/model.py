@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # attend(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -117,11 +118,14 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. `model(token_ids, positions, attend)` gives hidden states, `model.logits` the head."""
+    """The language model. `model(token_ids, positions, attend)` gives hidden states, `model.logits` the head.
+
+    `checkpoint_layers`: while training, keep each layer's input only and compute the rest again in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.checkpoint_layers = config, False
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers)),
@@ -134,8 +138,9 @@ class Decoder(nn.Module):
         """Hidden states [T, E] after the final norm. Positions count from 0 in each sequence of the stream."""
         x = self.model["embed_tokens"](token_ids_T)
         cos, sin = rope_tables(self.config, positions_T, x.dtype)
+        again = self.checkpoint_layers and torch.is_grad_enabled()
         for layer in self.model["layers"]:
-            x = layer(x, cos, sin, attend)
+            x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False) if again else layer(x, cos, sin, attend)
         return self.model["norm"](x)
 
     def logits(self, hidden_TE: Tensor) -> Tensor:
@@ -146,6 +151,13 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, E]: the output head, which is the embedding when the checkpoint ties them."""
         return self.model["embed_tokens"].weight if self.config.tied_head else self.lm_head.weight
+
+
+def compile_layers(model: Decoder) -> None:
+    """torch.compile of what fuses well, norms and feed-forward, in place; attention stays with its own kernels."""
+    for layer in model.model["layers"]:
+        for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            part.compile(dynamic=True)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ class Skips:
 
 
 def make_optimizer(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters; only matrices decay, norms and biases do not."""
+    """AdamW over all parameters; only matrices decay, norms and biases do not. One fused kernel on CUDA."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=next(model.parameters()).is_cuda or None)
 
 
 def learning_rate(step: int, num_steps: int, peak: float, warmup: float, schedule: str) -> float:
