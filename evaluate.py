@@ -2,8 +2,10 @@
 
     python evaluate.py --responses FILE --out FILE.json
     python evaluate.py --model DIR --benchmark NAME|FILE --samples 4 --out FILE.json
+    python evaluate.py --compare A.json B.json
 
-The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run continues).
+The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run continues),
+the third says whether B is better than A (thor/compare.py).
 Every metric is {value, low, high}: 95 % bootstrap over problems, 10,000 draws, seed 0.
 """
 
@@ -23,10 +25,14 @@ from tqdm import tqdm
 
 from generate import GenerateOptions, generate
 from thor import config
+from thor.answers import question
 from thor.benchmarks import read_benchmark
-from thor.config import option
+from thor.checkpoint import write_aside
+from thor.compare import compare
+from thor.config import option, several
 from thor.data import read_trajectories
 from thor.metrics import bootstrap, pass_at_k
+from thor.results import row_of, to_text
 from thor.reward import GRADE_SECONDS, Grader
 from thor.template import imitated_outputs
 from thor.trajectory import OBSERVE, OUTCOMES, Trajectory, kept_executions
@@ -43,10 +49,15 @@ class EvaluateOptions(GenerateOptions):
     responses: str | None = option(None, "grade this file of trajectories instead of generating")
     benchmark: str | None = option(None, "name of a benchmark, or a JSON-lines file of problems")
     graders: int = option(2, "processes that compare answers")
+    resume: bool = option(False, "go on with what --out began, and refuse to begin; without it a begun run goes on too")
+    compare: list[str] = several("A.json B.json, several such pairs, or two directories: B − A; --out NAME.png draws it")
+    force: bool = option(False, "with --compare: also what was measured differently")
 
 
 def main(options: EvaluateOptions) -> None:
-    """Generate if asked to, grade, print the table, write the JSON."""
+    """Generate if asked to, grade, print the table, write the JSON; or compare such JSONs."""
+    if options.compare:
+        return compare(options.compare, options.force, options.out)
     if options.out is None:
         raise ValueError("--out is missing: the JSON file that the numbers are written to")
     out = Path(options.out)
@@ -57,8 +68,9 @@ def main(options: EvaluateOptions) -> None:
     with Grader(options.graders) as grader:
         disagreements = grade_all(groups, grader)
         metrics = compute_metrics(groups, grader)
+        rows = {group[0].id: row_of(group, answer_classes(group, grader)) for group in groups}
         settings = settings_of(options, groups) | {"grader": asdict(grader.counts)}
-    out.write_text(json.dumps({"settings": settings, "metrics": metrics}, indent=2) + "\n")
+    write_aside(out, to_text(settings, metrics, rows))
     beside = out.with_name(out.stem + ".disagreements.jsonl")
     beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in disagreements))
     print(table(metrics))
@@ -77,6 +89,7 @@ def generate_responses(options: EvaluateOptions, out: Path) -> Path:
     if without:
         raise ValueError(f"{options.benchmark}: problem {without[0]!r} has no answer, so it cannot be graded")
     responses = out.with_name(out.stem + ".responses.jsonl")
+    check_begun(options, responses)
     options.out = str(responses)
     lost = generate(options, problems, responses)
     if lost:
@@ -84,8 +97,20 @@ def generate_responses(options: EvaluateOptions, out: Path) -> Path:
     return responses
 
 
+def check_begun(options: EvaluateOptions, responses: Path) -> None:
+    """Say aloud that a begun evaluation goes on; ValueError if it should and there is none."""
+    begun = responses.is_file() and responses.read_bytes().count(b"\n")
+    if begun:
+        print(f"{responses} holds {begun} trajectories, and the run goes on from there; for a new one, name another --out")
+    elif options.resume:
+        raise ValueError(f"--resume finds nothing begun: {responses} holds no trajectory; leave --resume out to begin")
+
+
 def by_problem(trajectories: list[Trajectory]) -> list[Group]:
-    """The samples of each problem, in order. ValueError if they cannot be compared or graded."""
+    """The samples of each problem in order, problems by id: no number depends on what was finished first.
+
+    ValueError if they cannot be compared or graded.
+    """
     groups: dict[str, Group] = defaultdict(list)
     for trajectory in trajectories:
         if trajectory.answer is None:
@@ -101,20 +126,19 @@ def by_problem(trajectories: list[Trajectory]) -> list[Group]:
     if len(counts) > 1:
         raise ValueError("problems have different numbers of samples (" + ", ".join(
             f"{problems} have {samples}" for samples, problems in sorted(counts.items())) + "): finish the run first")
-    return [sorted(group, key=lambda trajectory: trajectory.sample) for group in groups.values()]
+    return [sorted(groups[name], key=lambda trajectory: trajectory.sample) for name in sorted(groups)]
 
 
 def grade_all(groups: list[Group], grader: Grader) -> list[dict[str, str | int | bool]]:
     """Set `correct` on every trajectory; returns the answers where plain string match says otherwise."""
     trajectories = [trajectory for group in groups for trajectory in group]
 
-    def grade(trajectory: Trajectory) -> bool:
-        return trajectory.boxed is not None and grader.equivalent(trajectory.answer, trajectory.boxed)
-
+    pairs = [(t.answer, t.boxed) for t in trajectories if t.boxed is not None]
+    different = list({question(*pair): pair for pair in pairs}.values())  # each asked once, whichever thread is first
     with ThreadPoolExecutor(8) as pool:
-        for trajectory, correct in zip(trajectories, tqdm(
-                pool.map(grade, trajectories), total=len(trajectories), desc="grading"), strict=True):
-            trajectory.correct = correct
+        list(tqdm(pool.map(lambda pair: grader.equivalent(*pair), different), total=len(different), desc="grading"))
+    for trajectory in trajectories:
+        trajectory.correct = trajectory.boxed is not None and grader.equivalent(trajectory.answer, trajectory.boxed)
     return [{"id": t.id, "sample": t.sample, "gold": t.answer, "boxed": t.boxed, "math_verify": t.correct}
             for t in trajectories if t.boxed is not None and (t.answer.strip() == t.boxed.strip()) != t.correct]
 
@@ -229,7 +253,7 @@ def best_of(group: Group, classes: list[int | None]) -> int:
 
 def settings_of(options: EvaluateOptions, groups: list[Group]) -> dict[str, str | int | float | bool | None]:
     """What made the numbers: the flags, or for a given file what was written beside it; and the versions."""
-    settings = asdict(options)
+    settings = {name: value for name, value in asdict(options).items() if name not in ("resume", "compare", "force")}
     if options.responses:
         beside = Path(options.responses + ".settings.json")
         known = json.loads(beside.read_text()) if beside.is_file() else {}

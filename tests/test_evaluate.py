@@ -1,14 +1,21 @@
 """Every number of evaluate.py on cases small enough to count by hand."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
 import evaluate
 from evaluate import EvaluateOptions, answer_classes, best_of, compute_metrics, majority_at_k, table
 from thor import config
+from thor.results import read_result
 from thor.reward import Grader
 from thor.trajectory import Attempt, Execution, Span, Trajectory, to_json
 
@@ -133,6 +140,65 @@ def test_generating_and_grading_in_one_command(tiny_directory, tmp_path):
     result = json.loads(out.read_text())
     assert result["metrics"]["code_ratio"]["n"] == 8 and result["settings"]["max_response_tokens"] == 100
     assert len((tmp_path / "scores.responses.jsonl").read_text().splitlines()) == 8
+
+
+def test_the_json_holds_every_sample_of_every_problem(tmp_path):
+    """Problem a: a try that failed was dropped, its block passed; b: no box, and a block that never ran."""
+    group = [replace(solution("a", 0, "0.5", "pp", attempts=1), tokens_generated=9), solution("a", 1, "3", "pf"),
+             solution("b", 0, None, "-"), solution("b", 1, "1/2", "")]
+    out = tmp_path / "scores.json"
+    config.run(evaluate.main, EvaluateOptions, "", ["--responses", write(tmp_path / "r.jsonl", group), "--out", str(out)])
+    rows = read_result(out).rows
+    assert list(rows) == ["a", "b"] and rows["a"].question == rows["b"].question
+    assert (rows["a"].correct, rows["a"].classes, rows["a"].run, rows["a"].passed) == ([1, 0], [0, 1], [2, 2], [2, 1])
+    assert (rows["b"].correct, rows["b"].classes, rows["b"].run, rows["b"].passed) == ([0, 1], [None, 1], [0, 0], [0, 0])
+    assert rows["a"].tokens_generated == [9, 2]
+
+
+def test_no_number_depends_on_the_order_in_which_samples_were_finished(tmp_path):
+    rng, results = random.Random(1), []
+    lines = [solution(p, s, rng.choice(["0.5", "2", "x^2+1", "(x+1)^2", None]), rng.choice(["p", "f"]), answer=a)
+             for p, a in zip("dbca", ("1/2", "x^2+2x+1", "2", "1+x^2"), strict=True) for s in range(4)]
+    for _ in range(3):
+        rng.shuffle(lines)
+        out = tmp_path / "scores.json"
+        config.run(evaluate.main, EvaluateOptions, "", ["--responses", write(tmp_path / "r.jsonl", lines), "--out", str(out)])
+        results.append(out.read_bytes())
+    assert results[0] == results[1] == results[2] and b'"graded": 0' not in results[0]
+
+
+def test_a_killed_evaluation_that_is_resumed_writes_the_json_of_an_uninterrupted_one(tiny_directory, tmp_path):
+    problems = tmp_path / "p.jsonl"
+    problems.write_text("".join(json.dumps({"id": f"{a}+{b}", "question": f"{a}+{b}", "answer": str(a + b)}) + "\n"
+                                for a in range(6) for b in range(5)))
+    arguments = ["--model", tiny_directory, "--benchmark", problems, "--style", "base", "--instruction", "", "--samples", "2",
+                 "--temperature", "1.0", "--max_response_tokens", "100", "--suffix_tokens", "6", "--slots", "4", "--threads", "1"]
+    script = [sys.executable, str(Path(evaluate.__file__)), *map(str, arguments), "--out", "scores.json"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    subprocess.run(script, cwd=whole, check=True, capture_output=True)
+    process = subprocess.Popen(script, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    responses = killed / "scores.responses.jsonl"
+    while not (responses.is_file() and responses.read_bytes().count(b"\n") >= 8) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = responses.read_bytes().count(b"\n")
+    assert 8 <= kept < 60 and not (killed / "scores.json").exists()
+    resumed = subprocess.run([*script, "--resume"], cwd=killed, check=True, capture_output=True, text=True)
+    assert f"holds {kept} trajectories, and the run goes on from there" in resumed.stdout
+    assert (killed / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+
+
+def test_resume_refuses_to_begin(tmp_path, capsys):
+    """Who resumes and mistypes --out should not wait for a new run."""
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "question": "1+1", "answer": "2"}\n')
+    with pytest.raises(SystemExit) as ended:
+        config.run(evaluate.main, EvaluateOptions, "", [
+            "--model", "m", "--benchmark", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "x.json"), "--resume"])
+    assert ended.value.code == 2 and "--resume finds nothing begun" in capsys.readouterr().err
+    assert not (tmp_path / "x.responses.jsonl").exists()
 
 
 @pytest.mark.parametrize("arguments, message", [

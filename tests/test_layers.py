@@ -32,6 +32,9 @@ LAYERS = {
     "reward": {"answers", "trajectory"},
     "filters": {"reward", "trajectory"},  # which box counts is the reward's to say
     "rl_metrics": {"template", "trajectory"},
+    "results": {"trajectory"},
+    "curves": {"metrics", "results"},
+    "compare": {"metrics", "results"},
     "data": {"template", "trajectory"},
     "benchmarks": {"data"},
     "batch": {"attention", "grpo", "model", "trajectory"},  # packs and scores

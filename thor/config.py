@@ -26,6 +26,11 @@ def required(text: str) -> dataclasses.Field:
     return dataclasses.field(metadata={"help": text})
 
 
+def several(text: str) -> dataclasses.Field:
+    """A field of type list[str] that takes one value or more after its flag: --name A B C. Empty by default."""
+    return dataclasses.field(default_factory=list, metadata={"help": text})
+
+
 def parse(options_class: type[Options], description: str, argv: list[str] | None = None) -> Options:
     """The command line as an instance of `options_class`; unknown or malformed flags end the program with code 2."""
     parser = HfArgumentParser(options_class, description=description.strip())
