@@ -4,7 +4,8 @@
     python generate.py --model DIR --problems FILE --out FILE --samples 4
     python generate.py --replay FILE
 
-The first prints one solution with thought, code, output and dropped attempts told apart; the second appends one
+The first prints one solution with thought, code, output and dropped attempts told apart, without --model by the small
+model that comes with the repository; the second appends one
 trajectory a line and skips what is there already, so a killed run continues where it was; the third samples such a file
 again, with the settings beside it, and says where it first differs.
 """
@@ -37,6 +38,8 @@ from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template
 from thor.trajectory import ACT, OBSERVE, Trajectory
 from thor.weights import DTYPES, load_model
 
+DEMO_MODEL = Path(__file__).parent / "demo-model"
+
 MAX_AUTO_SLOTS = 64
 
 # Past this many trajectories, and this share of them, lost to the sandbox's own failures, a run stops.
@@ -53,7 +56,7 @@ COLOURS = {ACT: "\033[36m", OBSERVE: "\033[33m", "dropped": "\033[31m", "end": "
 class GenerateOptions:
     """One flag a field; `config.run` makes the command line of it."""
 
-    model: str | None = option(None, "Hugging Face directory of a Llama-, Qwen2- or Qwen3-type model")
+    model: str | None = option(None, "Hugging Face directory of a Llama-, Qwen2- or Qwen3-type model; --question alone: demo-model")
     question: str | None = option(None, "one question; its solution is printed")
     problems: str | None = option(None, "JSON lines with id, question and answer")
     out: str | None = option(None, "file that trajectories are appended to")
@@ -99,10 +102,12 @@ def main(options: GenerateOptions) -> None:
         if options.question is not None or options.problems is not None:
             raise ValueError("--replay takes its problems from the file; leave --question and --problems out")
         return replay(options)
-    if options.model is None:
-        raise ValueError("--model is missing: the Hugging Face directory of the model")
     if (options.question is None) == (options.problems is None):
         raise ValueError("give either --question or --problems")
+    if options.model is None and options.question is not None:
+        options = with_demo_model(options)
+    if options.model is None:
+        raise ValueError("--model is missing: the Hugging Face directory of the model")
     if options.problems is not None:
         if options.out is None:
             raise ValueError("--problems needs --out, the file that trajectories are written to")
@@ -111,6 +116,16 @@ def main(options: GenerateOptions) -> None:
     if not options.question.strip():
         raise ValueError("the question is empty")
     show_solutions(options)
+
+
+def with_demo_model(options: GenerateOptions) -> GenerateOptions:
+    """The options for the small model that comes with the repository: its settings, where no others were asked for."""
+    print(f"no --model: the demo's model, which knows the demo's kinds of questions only ({DEMO_MODEL / 'README.md'})",
+          file=sys.stderr)
+    defaults = {known.name: known.default for known in dataclasses.fields(options)}
+    settings = json.loads((DEMO_MODEL / "settings.json").read_text(encoding="utf-8"))
+    asked = {name: value for name, value in settings.items() if getattr(options, name) == defaults[name]}
+    return replace(options, model=str(DEMO_MODEL), **asked)
 
 
 def show_solutions(options: GenerateOptions) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from tqdm import tqdm
 
 import tiny
-from generate import MAX_LOST, GenerateOptions, Sink, main, render
+from generate import DEMO_MODEL, MAX_LOST, GenerateOptions, Sink, main, render, with_demo_model
 from thor import config
 from thor.template import Template
 from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json
@@ -147,7 +149,7 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--model is missing"),
+    (["--problems", "p.jsonl"], "--model is missing"),
     (["--model", "TINY"], "either --question or --problems"),
     (["--model", "TINY", "--question", "x", "--problems", "y"], "either --question or --problems"),
     (["--model", "TINY", "--problems", "PROBLEMS"], "needs --out"),
@@ -213,3 +215,21 @@ def test_recorded_tools_answer_with_the_record_and_not_with_the_code(uninterrupt
     assert call("--replay", path).returncode == 0
     result = call("--replay", path, "--recorded_tools")
     assert result.returncode == 1 and "differs after" in result.stdout and "in the response" in result.stdout
+
+
+def test_the_first_command_of_the_readme_prints_what_the_readme_shows():
+    """A question without --model: thought, code that fails and is dropped, another try, output, answer; on this machine."""
+    readme = (ROOT / "README.md").read_text()
+    given, shown = re.search(r"\npython generate\.py (--seed .*?)\n```.*?````text\n(.*?)\n````\n", readme, re.S).groups()
+    ran = call(*shlex.split(given))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == shown.strip()
+    assert "[dropped:" in shown and "1 corrections" in shown
+
+
+def test_the_model_that_comes_along_is_small_and_takes_other_flags(capsys):
+    assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) < 3e6
+    options = with_demo_model(config.parse(
+        GenerateOptions, "", ["--question", "1+1?", "--temperature", "0.2", "--seed", "3"]))
+    assert (options.model, options.temperature, options.seed, options.style) == (str(DEMO_MODEL), 0.2, 3, "base")
+    assert "no --model" in capsys.readouterr().err
