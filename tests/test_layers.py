@@ -39,6 +39,7 @@ LAYERS = {
     "benchmarks": {"data"},
     "batch": {"attention", "grpo", "model", "trajectory"},  # packs and scores
     "weights": {"model"},
+    "plan": {"batch", "cache", "config", "model", "weights"},
     "parallel": {"model", "weights"},
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},

@@ -1,0 +1,209 @@
+"""The memory calculator against the bytes that the code really holds, and the recipes against the scripts' flags."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from live_bytes import LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from thor import plan
+from thor.batch import Pack, Sample, loss_tokens, make_pack, score
+from thor.cache import KVCache
+from thor.grpo import Counts, LossOptions, Tokens, count_tokens, hierarchical_loss
+from thor.model import Attend, Decoder, ModelConfig
+from thor.optimizer import make_optimizer
+from thor.plan import PlanOptions
+
+SMALL = ModelConfig(vocab_size=4000, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4, num_kv_heads=2,
+                    head_dim=32, norm_eps=1e-6, rope_theta=1e4, max_context=4096, qkv_bias=True)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class _OneKernel(torch.autograd.Function):
+    """Keeps what a variable-length attention kernel keeps: its inputs, its output, a float32 number for each head."""
+
+    @staticmethod
+    def forward(ctx, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch.Tensor:
+        out, log_sum = torch.empty_like(q_THD), q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q_THD, k_TKD, v_TKD, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_THD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class VarlenDecoder(Decoder):
+    """The model with attention as it is on CUDA, as far as memory goes."""
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, attend: Attend) -> torch.Tensor:
+        return super().forward(token_ids_T, positions_T, lambda layer, q, k, v: _OneKernel.apply(q, k, v))
+
+
+MODELS = {"sdpa": Decoder, "varlen": VarlenDecoder}
+Batch = tuple[Pack, Tokens, Counts]
+
+
+def make_batch(tokens: int, vocab: int, length: int = 512) -> Batch:
+    """Sequences of `length` tokens, all but the first of each trained."""
+    rng, trained = random.Random(0), [False] + [True] * (length - 1)
+    samples = [Sample([rng.randrange(vocab) for _ in range(length)], trained, [-1.0] * (length - 1), [-1.0] * (length - 1),
+                      advantage=1.0 - 2 * (number % 2)) for number in range(tokens // length)]
+    pack = make_pack(samples)
+    known = loss_tokens(samples, pack)
+    return pack, known, count_tokens(known)
+
+
+def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """The same without memory."""
+    pack, known, counts = batch
+    fake_pack = Pack(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in vars(pack).values()))
+    return fake_pack, Tokens(*map(mode.from_tensor, vars(known).values())), counts
+
+
+def build(shape: ModelConfig, options: PlanOptions) -> Decoder:
+    """A model whose parameters have the dtype of the arithmetic."""
+    torch.set_default_dtype(DTYPES[options.dtype])
+    try:
+        return MODELS[options.attention](shape)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def measure(model: Decoder, batch: Batch, live: LiveBytes) -> tuple[int, int]:
+    """Bytes kept by a forward pass, and the peak of forward and backward, both above what was there; the second of two
+    packs, so that gradients are there and added to."""
+    pack, known, counts = batch
+    with live:
+        for _ in range(2):
+            before = live.restart()
+            loss = hierarchical_loss(score(model, pack)[0], known, counts, LossOptions())
+            kept = live.now - before
+            loss.backward()
+            del loss
+    return kept, live.peak - before
+
+
+def measure_one(shape: ModelConfig, options: PlanOptions, fake: bool = False) -> tuple[int, int]:
+    """`measure` in one process, with fake tensors if the model is large."""
+    batch, live = make_batch(options.tokens, shape.vocab_size), LiveBytes()
+    if not fake:
+        return measure(build(shape, options), batch, live)
+    with FakeTensorMode() as mode:
+        return measure(build(shape, options), fake_batch(batch, mode), live)
+
+
+def options_for(tokens: int, gpus: int = 1, dtype: str = "float32", attention: str = "sdpa") -> PlanOptions:
+    return PlanOptions(model="", gpus=gpus, tokens=tokens, dtype=dtype, attention=attention)
+
+
+@pytest.mark.parametrize("shape", [*plan.SHAPES.values(), SMALL, replace(SMALL, o_bias=True, tied_head=True)])
+def test_parameters_are_counted_as_the_model_has_them(shape):
+    with torch.device("meta"):
+        model = Decoder(shape)
+    assert plan.num_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+    assert plan.layer_parameters(shape) == sum(p.numel() for p in model.model["layers"][0].parameters())
+
+
+def test_the_named_shapes_have_the_published_number_of_parameters():
+    billions = {name: round(plan.num_parameters(shape) / 1e9, 2) for name, shape in plan.SHAPES.items()}
+    assert billions == {"Qwen2.5-Math-1.5B": 1.54, "Qwen2.5-Math-7B": 7.62, "Qwen3-1.7B": 1.72, "Qwen3-4B": 4.02,
+                        "Qwen3-8B": 8.19}
+
+
+@pytest.mark.parametrize("attention", MODELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_keeps_as_many_bytes_as_calculated(attention, dtype, qk_norm):
+    shape, options = replace(SMALL, qk_norm=qk_norm), options_for(512, dtype=dtype, attention=attention)
+    more, less = (measure_one(replace(shape, num_layers=layers), options)[0] for layers in (2, 1))
+    calculated = plan.saved_by_layer(shape, options.compute_bytes, attention)
+    assert (more - less) / options.tokens == pytest.approx(calculated, rel=1e-3)
+
+
+LARGE = {"Qwen2.5-Math-7B": (8192, "bfloat16"), "Qwen2.5-Math-1.5B": (4096, "float32"), "Qwen3-8B": (8192, "bfloat16")}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_step_of_a_large_model_peaks_as_calculated(name):
+    """The real code on fake tensors, some layers of the model; the calculation is linear in their number."""
+    shape, (tokens, dtype) = replace(plan.SHAPES[name], num_layers=2), LARGE[name]
+    options = options_for(tokens, dtype=dtype, attention="varlen")
+    kept, peak = measure_one(shape, options, fake=True)
+    activations, again = plan.activations(shape, options)
+    assert kept == pytest.approx(activations, rel=0.01)
+    assert peak == pytest.approx(activations + again + plan.temporaries(shape, options), rel=0.15)
+
+
+def test_a_real_step_on_the_cpu_peaks_as_calculated():
+    options = options_for(2048)
+    kept, peak = measure_one(SMALL, options)
+    activations, _ = plan.activations(SMALL, options)
+    assert kept == pytest.approx(activations, rel=0.01)
+    assert peak == pytest.approx(activations + plan.temporaries(SMALL, options), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_take_what_the_cache_takes(dtype):
+    live = LiveBytes()
+    with FakeTensorMode(), live:
+        cache = KVCache(SMALL, 3, 200, DTYPES[dtype], torch.device("cpu"))
+    calculated = plan.kv_bytes(SMALL, options_for(1, dtype=dtype).compute_bytes)
+    assert live.now == 3 * cache.slot_tokens * calculated
+
+
+def test_the_optimizer_holds_two_numbers_a_parameter_and_its_step_little_more():
+    model, live = build(SMALL, options_for(1)), LiveBytes()
+    optimizer = make_optimizer(model, 1e-6, (0.9, 0.999), 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    live.watch([(parameter, parameter.grad) for parameter in model.parameters()])
+    before = live.now
+    with live:
+        optimizer.step()
+    held = 8 * plan.num_parameters(SMALL)
+    assert live.now - before == pytest.approx(held, rel=1e-3)
+    assert live.peak - before < 1.15 * held
+
+
+def test_more_gpus_and_smaller_packs_never_need_more():
+    options = options_for(8192, gpus=8, dtype="bfloat16", attention="varlen")
+    shape = plan.SHAPES["Qwen2.5-Math-7B"]
+    needed = [plan.peak(shape, replace(options, gpus=gpus)) for gpus in (2, 8, 32, 64)]
+    assert needed == sorted(needed, reverse=True)
+    assert plan.peak(shape, replace(options, tokens=4096)) <= plan.peak(shape, options)
+    assert plan.peak(shape, replace(options, gpus=32, replicas=4)) == plan.peak(shape, options)
+
+
+def test_the_largest_pack_fits_and_a_larger_one_does_not():
+    shape, options = plan.SHAPES["Qwen3-8B"], options_for(1, gpus=8, dtype="bfloat16", attention="varlen")
+    tokens = plan.largest_pack(shape, options)
+    assert tokens % 1024 == 0
+    limit = options.memory * plan.GIB
+    assert plan.peak(shape, replace(options, tokens=tokens)) <= limit < plan.peak(shape, replace(options, tokens=tokens + 1024))
+
+
+def test_the_table_says_what_fits(capsys):
+    plan.main(["--plan", "Qwen2.5-Math-7B", "--gpus", "8", "--tokens", "16384", "--checkpoint-layers"])
+    out = capsys.readouterr().out
+    assert "7.62 billion parameters" in out
+    assert "fits:" in out and "largest pack, --checkpoint_layers" in out
+
+
+@pytest.mark.parametrize(("argv", "complaint"), [
+    (["--model", "no-such-model"], "'no-such-model' is neither a directory with a config.json nor one of"),
+    (["--model", "Qwen3-8B", "--gpus", "8", "--replicas", "3"], "replicas is 3; it must divide the number of GPUs"),
+    (["--model", "Qwen3-8B", "--dtype", "int8"], "dtype must be bfloat16 or float32"),
+    (["--model", "Qwen3-8B", "--tokens", "0"], "tokens is 0; it must be 1 or more"),
+])
+def test_what_makes_no_sense_is_one_sentence_and_exit_code_2(argv, complaint, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        plan.main(argv)
+    assert exit_info.value.code == 2
+    assert complaint in capsys.readouterr().err
