@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # THOR-1.5B: Qwen2.5-Math-1.5B on one GPU of 80 GB (--gpus 8: on eight), with the published hyper-parameters but for a smaller
-# round, so that one GPU ends it in an hour or so by calculation (docs/scale.md). NOT RUN so far: no GPU was to be had. The
-# same command continues a run that was stopped, stage by stage.
+# round, of 20 to 30 minutes by calculation (docs/scale.md). NOT RUN so far: no GPU was to be had. The same command continues
+# a run that was stopped, stage by stage.
 #     PROBLEMS=problems.jsonl CRITIC=http://host:8000 bash runs/qwen2.5-math-1.5b.sh
 
 GPUS=${GPUS:-1}

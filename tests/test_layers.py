@@ -40,6 +40,7 @@ LAYERS = {
     "batch": {"attention", "grpo", "model", "trajectory"},  # packs and scores
     "weights": {"model"},
     "plan": {"batch", "cache", "config", "model", "weights"},
+    "plan_round": {"config", "model", "plan"},
     "parallel": {"model", "weights"},
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},

@@ -83,16 +83,18 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of one thing while sampling, when the backward pass begins, when it ends, and in the optimizer step."""
+    """Bytes of one thing while sampling; while the head is in its backward pass, then the last layer, then, as it ends, the
+    embedding; and in the optimizer step."""
 
     name: str
     sampling: float = 0
-    backward: float = 0
+    head: float = 0
+    layer: float = 0
     end: float = 0
     update: float = 0
 
 
-PHASES = ("sampling", "backward", "end", "update")
+PHASES = ("sampling", "head", "layer", "end", "update")
 
 
 def layer_parameters(shape: ModelConfig) -> int:
@@ -133,25 +135,27 @@ def saved_outside_layers(shape: ModelConfig, c: int) -> int:
     return 2 * c * shape.head_dim + (FLOAT32 + 2 * c) * shape.hidden_size
 
 
-def activations(shape: ModelConfig, options: PlanOptions) -> tuple[float, float]:
-    """Bytes that are kept of a whole pack when its backward pass begins, and those of the layer being computed again."""
-    c, tokens = options.compute_bytes, options.tokens
-    layer = saved_by_layer(shape, c, options.attention)
-    kept = c * shape.hidden_size if options.checkpoint_layers else layer
-    return tokens * (shape.num_layers * kept + saved_outside_layers(shape, c)), options.checkpoint_layers * tokens * layer
+def activations(shape: ModelConfig, options: PlanOptions) -> float:
+    """Bytes that are kept of a whole pack when its backward pass begins: everything, or the inputs of layers."""
+    c = options.compute_bytes
+    layer = c * shape.hidden_size if options.checkpoint_layers else saved_by_layer(shape, c, options.attention)
+    return options.tokens * (shape.num_layers * layer + saved_outside_layers(shape, c))
 
 
-def temporaries(shape: ModelConfig, options: PlanOptions) -> float:
-    """Bytes that come and go as the backward pass begins: the head's last chunk, or a feed-forward's three gradients.
-
-    A chunk's logits exist as log-probs, their gradient and that of the logits. The head's weight gets a gradient from each
-    chunk, which is added to the sum so far; a feed-forward's gradients come with one weight's.
-    """
+def head_temporaries(shape: ModelConfig, options: PlanOptions) -> float:
+    """Bytes of the head's backward pass: a chunk's log-probs, their gradient and that of the logits, in float32 and in the
+    dtype of the arithmetic; the gradient that the chunk gives the head's weight, and the sum that it is added to."""
     c = options.compute_bytes
     wide = 3 * FLOAT32 + (c if c < FLOAT32 else 0)
-    head = min(CHUNK_TOKENS, options.tokens) * shape.vocab_size * wide + 2 * c * shape.vocab_size * shape.hidden_size
-    feed_forward = 3 * c * options.tokens * shape.intermediate_size + c * shape.hidden_size * shape.intermediate_size
-    return max(head, feed_forward)
+    return min(CHUNK_TOKENS, options.tokens) * shape.vocab_size * wide + 2 * c * shape.vocab_size * shape.hidden_size
+
+
+def layer_temporaries(shape: ModelConfig, options: PlanOptions) -> float:
+    """Bytes of a layer's backward pass: gradients of two products of the feed-forward beside one weight's, and all that
+    the layer keeps if it is computed again."""
+    c = options.compute_bytes
+    again = saved_by_layer(shape, c, options.attention) if options.checkpoint_layers else 0
+    return options.tokens * (2 * c * shape.intermediate_size + again) + c * shape.hidden_size * shape.intermediate_size
 
 
 def kv_bytes(shape: ModelConfig, c: int) -> int:
@@ -165,34 +169,33 @@ def memory(shape: ModelConfig, options: PlanOptions) -> list[Row]:
     weights, moments = FLOAT32 * share, 0 if options.offload else 2 * FLOAT32 * share
     copy = c * num_parameters(shape)
     cache = 2 * options.slots * round_up(options.context, KEY_BLOCK) * kv_bytes(shape, c)
-    kept, again = activations(shape, options)
+    kept = activations(shape, options)
     return [
-        Row(f"weights, float32, 1/{options.shards}", weights, weights, weights, weights),
-        Row(f"AdamW's two moments, float32, 1/{options.shards}", moments, moments, moments, moments),
-        Row(f"gradients, float32, 1/{options.shards}", 0, weights, weights, weights),
+        Row(f"weights, float32, 1/{options.shards}", *[weights] * 5),
+        Row(f"AdamW's two moments, float32, 1/{options.shards}", *[moments] * 5),
+        Row(f"gradients, float32, 1/{options.shards}", 0, *[weights] * 4),
         Row(f"sampler's weights, {options.dtype}, whole", copy),
         Row(f"keys and values of {2 * options.slots} x {options.context} tokens", cache),
         Row(f"logits of {options.slots} tokens being drawn", options.slots * shape.vocab_size * LOGITS_BYTES),
         *whole_weights(shape, options),
-        Row("activations" + " (inputs of layers)" * options.checkpoint_layers, 0, kept),
-        Row("activations of a layer computed again", 0, again),
-        Row("temporaries", 0, temporaries(shape, options)),
+        Row("activations" + ": inputs of layers" * options.checkpoint_layers, 0, kept, kept),
+        Row("temporaries", 0, head_temporaries(shape, options), layer_temporaries(shape, options)),
     ]
 
 
 def whole_weights(shape: ModelConfig, options: PlanOptions) -> Iterator[Row]:
-    """What FSDP2 has unsharded. As the backward pass begins: embedding and head with the head's gradient, two layers (one
-    is fetched ahead), the gradients of one and the float32 buffer that sums them over the ranks. As it ends: the same of
-    embedding and head alone. On one GPU nothing is sharded, and bfloat16 is a copy of the weights."""
+    """What FSDP2 has unsharded. Embedding and head, from the forward pass on; with a layer being computed, the head's
+    gradient, that layer and the next (fetched ahead), the layer's gradients and the float32 buffer that sums them over the
+    ranks; as it ends, the gradients of embedding and head, and their buffer. On one GPU nothing is sharded, and bfloat16 is
+    a copy of the weights."""
     c, layer, root = options.compute_bytes, layer_parameters(shape), root_parameters(shape)
     if options.gpus == 1:
         copy = c * num_parameters(shape) if c < FLOAT32 else 0
-        yield Row("weights in bfloat16", 0, copy, copy)
+        yield Row("weights in bfloat16", 0, copy, copy, copy)
         return
-    head = c * shape.vocab_size * shape.hidden_size
     yield Row("embedding and head, whole", 0, c * root, c * root)
-    yield Row("their gradients, whole", 0, head, (c + FLOAT32) * root)
-    yield Row("layers whole, and their gradients", 0, (3 * c + FLOAT32) * layer)
+    yield Row("their gradients, whole", 0, 0, c * shape.vocab_size * shape.hidden_size, (c + FLOAT32) * root)
+    yield Row("two layers whole, gradients of one", 0, 0, (3 * c + FLOAT32) * layer)
 
 
 def totals(rows: list[Row]) -> dict[str, float]:
