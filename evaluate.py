@@ -5,7 +5,8 @@
     python evaluate.py --compare A.json B.json
 
 The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run continues),
-the third says whether B is better than A (thor/compare.py).
+the third says whether B is better than A (thor/compare.py). For a code benchmark the first names it too, since its tests
+are what grades (docs/code-benchmarks.md).
 Every metric is {value, low, high}: 95 % bootstrap over problems, 10,000 draws, seed 0.
 """
 
@@ -28,9 +29,13 @@ from thor import config
 from thor.answers import question
 from thor.benchmarks import read_benchmark
 from thor.checkpoint import write_aside
+from thor.code_answers import as_questions, code_instruction
+from thor.code_benchmarks import is_code_benchmark, read_code_benchmark
+from thor.code_scores import judge_responses, judge_solutions
+from thor.code_tests import BROKEN, KINDS, Judge, Verdict
 from thor.compare import compare
 from thor.config import option, several
-from thor.data import read_trajectories
+from thor.data import Problem, read_trajectories
 from thor.metrics import bootstrap, pass_at_k
 from thor.results import row_of, to_text
 from thor.reward import GRADE_SECONDS, Grader
@@ -52,6 +57,8 @@ class EvaluateOptions(GenerateOptions):
     resume: bool = option(False, "go on with what --out began, and refuse to begin; without it a begun run goes on too")
     compare: list[str] = several("A.json B.json, several such pairs, or two directories: B − A; --out NAME.png draws it")
     force: bool = option(False, "with --compare: also what was measured differently")
+    check_canonical: bool = option(False, "test a code benchmark's own solutions, without a model")
+    test_seconds: float = option(10.0, "code benchmarks: CPU time of a candidate in all tests that are run as one")
 
 
 def main(options: EvaluateOptions) -> None:
@@ -63,6 +70,11 @@ def main(options: EvaluateOptions) -> None:
     out = Path(options.out)
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"{out} cannot be written: it is a directory, or the directory it should lie in does not exist")
+    if options.benchmark is not None and is_code_benchmark(options.benchmark):
+        evaluate_code(options, out)
+        return
+    if options.check_canonical:
+        raise ValueError("--check_canonical needs --benchmark with a code benchmark, whose own solutions it tests")
     responses = Path(options.responses) if options.responses else generate_responses(options, out)
     groups = by_problem(read_trajectories(responses))
     with Grader(options.graders) as grader:
@@ -78,16 +90,57 @@ def main(options: EvaluateOptions) -> None:
           f"{len(disagreements)} answers where string match and math-verify differ: {beside}")
 
 
-def generate_responses(options: EvaluateOptions, out: Path) -> Path:
-    """Solve the benchmark; returns the file of trajectories."""
+def evaluate_code(options: EvaluateOptions, out: Path) -> None:
+    """The same for a code benchmark: a response is right if it passes the tests; problems with broken tests are left out."""
+    problems = read_code_benchmark(options.benchmark)
+    judge = Judge(options.test_seconds, options.sandbox, options.sandbox_require)
+    if options.check_canonical:
+        check_canonical(options, judge_solutions(problems, judge), out)
+        return
+    if options.instruction is None:
+        options.instruction = code_instruction(options.style, options.max_code_rounds, problems)
+    responses = Path(options.responses) if options.responses else generate_responses(
+        options, out, as_questions(problems, options.instruction))
+    groups = by_problem(read_trajectories(responses), gold=False)
+    trajectories = [trajectory for group in groups for trajectory in group]
+    verdicts = judge_responses(problems, trajectories, judge)
+    beside = out.with_name(out.stem + ".verdicts.jsonl")
+    beside.write_text("".join(json.dumps({"id": t.id, "sample": t.sample} | asdict(verdict), ensure_ascii=False) + "\n"
+                              for t, verdict in zip(trajectories, verdicts, strict=True)))
+    broken = {t.id for t, verdict in zip(trajectories, verdicts, strict=True) if verdict.kind == BROKEN}
+    groups = [group for group in groups if group[0].id not in broken]
+    if not groups:
+        raise ValueError(f"the benchmark's own solutions fail all of its tests: {beside}")
+    counts = Counter(verdict.kind for verdict in verdicts)
+    metrics = accuracy_metrics(groups) | behaviour_metrics(groups) | {
+        "verdicts": {kind: counts[kind] for kind in KINDS if counts[kind]}}
+    settings = settings_of(options, groups) | {"broken_tests": sorted(broken)}
+    write_aside(out, to_text(settings, metrics, {group[0].id: row_of(group, None) for group in groups}))
+    print(table(metrics))
+    print(f"{len(groups)} problems × {len(groups[0])} samples · temperature {settings['temperature']} · {out} · "
+          f"{len(broken)} problems left out, whose tests fail on the benchmark's own solution · {beside}")
+
+
+def check_canonical(options: EvaluateOptions, verdicts: dict[str, Verdict], out: Path) -> None:
+    """Write and print which of the benchmark's own solutions fail its tests; SystemExit(1) if any does."""
+    failed = {problem: asdict(verdict) for problem, verdict in verdicts.items() if not verdict.passed}
+    out.write_text(json.dumps({"benchmark": options.benchmark, "problems": len(verdicts), "failed": failed}, indent=2) + "\n")
+    print(f"{len(verdicts) - len(failed)} of {len(verdicts)} solutions of {options.benchmark} pass its tests · {out}")
+    if failed:
+        raise SystemExit(1)
+
+
+def generate_responses(options: EvaluateOptions, out: Path, problems: list[Problem] | None = None) -> Path:
+    """Solve `problems`, else those of the benchmark, which need answers; returns the file of trajectories."""
     if options.benchmark is None:
         raise ValueError("give --responses FILE, or --benchmark NAME|FILE with --model DIR")
     if options.model is None:
         raise ValueError("--model is missing: the Hugging Face directory of the model")
-    problems = read_benchmark(options.benchmark)
-    without = [problem.id for problem in problems if problem.answer is None]
-    if without:
-        raise ValueError(f"{options.benchmark}: problem {without[0]!r} has no answer, so it cannot be graded")
+    if problems is None:
+        problems = read_benchmark(options.benchmark)
+        without = [problem.id for problem in problems if problem.answer is None]
+        if without:
+            raise ValueError(f"{options.benchmark}: problem {without[0]!r} has no answer, so it cannot be graded")
     responses = out.with_name(out.stem + ".responses.jsonl")
     check_begun(options, responses)
     options.out = str(responses)
@@ -106,14 +159,14 @@ def check_begun(options: EvaluateOptions, responses: Path) -> None:
         raise ValueError(f"--resume finds nothing begun: {responses} holds no trajectory; leave --resume out to begin")
 
 
-def by_problem(trajectories: list[Trajectory]) -> list[Group]:
+def by_problem(trajectories: list[Trajectory], gold: bool = True) -> list[Group]:
     """The samples of each problem in order, problems by id: no number depends on what was finished first.
 
-    ValueError if they cannot be compared or graded.
+    ValueError if they cannot be compared or, with `gold`, have no answer.
     """
     groups: dict[str, Group] = defaultdict(list)
     for trajectory in trajectories:
-        if trajectory.answer is None:
+        if gold and trajectory.answer is None:
             raise ValueError(f"problem {trajectory.id!r} has no answer, so its solutions cannot be graded")
         groups[trajectory.id].append(trajectory)
     if not groups:
@@ -145,17 +198,36 @@ def grade_all(groups: list[Group], grader: Grader) -> list[dict[str, str | int |
 
 def compute_metrics(groups: list[Group], grader: Grader) -> dict[str, dict[str, float | int | None]]:
     """Every metric of method, section 6, by name."""
+    return accuracy_metrics(groups) | choice_metrics(groups, grader) | behaviour_metrics(groups)
+
+
+def accuracy_metrics(groups: list[Group]) -> dict[str, dict[str, float | int | None]]:
+    """avg@n and pass@k."""
     samples = len(groups[0])
-    classes = [answer_classes(group, grader) for group in groups]
-    powers = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
     metrics = {f"avg@{samples}": per_problem(groups, lambda group: np.mean([t.correct for t in group]))}
-    for k in powers:
+    for k in powers(samples):
         metrics[f"pass@{k}"] = per_problem(groups, lambda g: pass_at_k(len(g), sum(t.correct for t in g), k))
-    for k in powers[1:]:
-        metrics[f"maj@{k}"] = bootstrap([majority_at_k(g, c, k) for g, c in zip(groups, classes, strict=True)])
-    metrics[f"best_of_{samples}"] = bootstrap(
+    return metrics
+
+
+def choice_metrics(groups: list[Group], grader: Grader) -> dict[str, dict[str, float | int | None]]:
+    """maj@k and best-of-n, which need to know when two answers are the same."""
+    classes = [answer_classes(group, grader) for group in groups]
+    metrics = {f"maj@{k}": bootstrap([majority_at_k(g, c, k) for g, c in zip(groups, classes, strict=True)])
+               for k in powers(len(groups[0]))[1:]}
+    metrics[f"best_of_{len(groups[0])}"] = bootstrap(
         [float(group[best_of(group, c)].correct) for group, c in zip(groups, classes, strict=True)])
-    metrics["code_ratio"] = share(groups, lambda t: bool(kept_executions(t)), lambda t: True)
+    return metrics
+
+
+def powers(samples: int) -> list[int]:
+    """The numbers of samples that a metric is given for: powers of two below all of them, and all of them."""
+    return [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < samples] + [samples]
+
+
+def behaviour_metrics(groups: list[Group]) -> dict[str, dict[str, float | int | None]]:
+    """What the responses do: code, tokens, corrections, how they end."""
+    metrics = {"code_ratio": share(groups, lambda t: bool(kept_executions(t)), lambda t: True)}
     metrics |= execution_metrics(groups)
     for name, count in (("response_tokens", lambda t: len(t.response_ids)), ("tokens_generated", lambda t: t.tokens_generated),
                         ("corrections", lambda t: t.corrections), ("code_rounds", lambda t: len(kept_executions(t)))):
@@ -258,7 +330,8 @@ def settings_of(options: EvaluateOptions, groups: list[Group]) -> dict[str, str 
         beside = Path(options.responses + ".settings.json")
         known = json.loads(beside.read_text()) if beside.is_file() else {}
         settings = {name: known.get(name) for name in settings} | {
-            "responses": options.responses, "graders": options.graders}
+            "responses": options.responses, "benchmark": options.benchmark, "graders": options.graders,
+            "test_seconds": options.test_seconds}
     versions = {name: version(name) for name in ("torch", "transformers", "math-verify", "sympy")}
     return settings | {"problems": len(groups), "samples": len(groups[0]), "grade_seconds": GRADE_SECONDS,
                        "versions": {"python": platform.python_version(), **versions}}

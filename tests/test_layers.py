@@ -37,6 +37,9 @@ LAYERS = {
     "compare": {"metrics", "results"},
     "data": {"template", "trajectory"},
     "benchmarks": {"data"},
+    "code_channel": set(),  # sent to the sandbox as text: nothing of ours gets there
+    "code_tests": {"sandbox", "trajectory"},
+    "code_benchmarks": {"benchmarks", "code_channel", "code_tests", "data"},
     "batch": {"attention", "grpo", "model", "trajectory"},  # packs and scores
     "weights": {"model"},
     "plan": {"batch", "cache", "config", "model", "weights"},
@@ -48,6 +51,8 @@ LAYERS = {
     "critic": {"clients", "sampling"},
     "gsm": {"critic"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},
+    "code_answers": {"code_benchmarks", "data", "rollout", "template", "trajectory"},
+    "code_scores": {"code_answers", "code_benchmarks", "code_tests", "trajectory"},
     "toy": {"config", "critic"},  # for its scripted Critic
     "tirgen_filters": {"sampling", "template", "trajectory"},
     "tirgen_text": {"data", "reward", "rollout", "template", "tirgen_filters", "trajectory"},

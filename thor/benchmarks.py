@@ -12,14 +12,19 @@ from thor.data import Problem, read_problems
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One dataset on the hub; `keep` says which of its records count."""
+    """One dataset on the hub; `keep` says which of its records count.
+
+    `repository` may be "json", and `files` the addresses of JSON-lines files. Code benchmarks (code_benchmarks.py) have
+    more fields than a question and an answer, and name neither.
+    """
 
     repository: str
     split: str
-    question: str
-    answer: str
+    question: str = ""
+    answer: str = ""
     subset: str | None = None
     keep: Callable[[dict], bool] = lambda record: True
+    files: tuple[str, ...] = ()
 
 
 def _one_number(record: dict) -> bool:
@@ -42,9 +47,10 @@ def read_benchmark(name: str) -> list[Problem]:
     if Path(name).is_file():
         return read_problems(name)
     if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} is neither a file of problems nor a benchmark; known are {', '.join(BENCHMARKS)}")
+        raise ValueError(f"{name!r} is neither a file of problems nor a benchmark; known are {', '.join(BENCHMARKS)}, and of "
+                         "code those in docs/code-benchmarks.md")
     benchmark = BENCHMARKS[name]
-    records = _download(name, benchmark)
+    records = download(name, benchmark)
     return [Problem(f"{name}/{number}", record[benchmark.question].strip(), _answer(record[benchmark.answer]))
             for number, record in enumerate(records) if benchmark.keep(record)]
 
@@ -56,17 +62,19 @@ def _answer(value: str | int | float | list[str]) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
-def _download(name: str, benchmark: Benchmark) -> list[dict]:
+def download(name: str, benchmark: Benchmark) -> list[dict]:
     """All records, from the hub or its local cache."""
-    other_way = f"or give --benchmark a local JSON-lines file with id, question and answer instead of {name}"
+    other_way = f"or give --benchmark a local JSON-lines file instead of {name}"
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(f"benchmark {name} needs the package datasets (pip install -r runs/requirements-benchmarks.txt), "
                          f"{other_way}") from None
     try:
-        return list(load_dataset(benchmark.repository, benchmark.subset, split=benchmark.split))
+        files = list(benchmark.files) or None
+        return list(load_dataset(benchmark.repository, benchmark.subset, split=benchmark.split, data_files=files))
     except Exception as error:  # the hub's client raises its own, requests' and the operating system's errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"benchmark {name}: {benchmark.repository} cannot be loaded from the Hugging Face hub ({reason}); "
+        place = ", ".join(benchmark.files) or benchmark.repository
+        raise ValueError(f"benchmark {name}: {place} cannot be loaded from the Hugging Face hub ({reason}); "
                          f"try again with a connection, {other_way}") from None

@@ -4,6 +4,7 @@ A file is read whole and checked line by line before anything is done with it: w
 file and line. A file that a killed run was writing may end in half a line; that half is cut off before appending.
 """
 
+import gzip
 import json
 import os
 from collections.abc import Iterator
@@ -26,10 +27,10 @@ class Problem:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of the non-blank lines. ValueError for a missing file or bytes that are not UTF-8."""
+    """(line number, line) of the non-blank lines, of a .gz as well. ValueError for no file or bytes that are not UTF-8."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist or is not a file")
-    with open(path, "rb") as file:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             try:
                 line = raw.decode()

@@ -235,11 +235,14 @@ def _names(pid: str, directory: str) -> bool:
 
 
 def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best", log: str | None = None,
-                 log_mode: str = "record") -> LocalSandbox | RemoteSandbox | LoggedSandbox:
-    """The sandbox that `--sandbox`, `--cpu_seconds` and `--sandbox_…` name. ValueError for what there is not."""
+                 log_mode: str = "record", output_bytes: int = 65536) -> LocalSandbox | RemoteSandbox | LoggedSandbox:
+    """The sandbox that `--sandbox`, `--cpu_seconds` and `--sandbox_…` name. ValueError for what there is not.
+
+    `output_bytes` is for a local one; a service has limits of its own.
+    """
     urls = spec.split(",")
     if spec == "local":
-        sandbox = LocalSandbox(cpu_seconds=cpu_seconds, isolation=require)
+        sandbox = LocalSandbox(cpu_seconds=cpu_seconds, output_bytes=output_bytes, isolation=require)
         limits = asdict(sandbox.limits)
         del limits["num_workers"]  # decides nothing
     elif all(url.startswith(("http://", "https://")) for url in urls):
