@@ -20,7 +20,7 @@ from thor.trajectory import Execution
 CHANNEL = Path(__file__).with_name("code_channel.py").read_text(encoding="utf-8")
 OUTPUT_BYTES = 16 << 20  # of values, or of what a program prints: some tests want a megabyte
 MAX_JUDGED = 16  # at a time: a sandbox has 8 workers, and what waits holds its tests' input in memory
-MAX_ROUNDS = 100  # in which tests may make calls that depend on earlier answers
+MAX_ROUNDS = 32  # in which tests may make calls that depend on earlier answers
 
 PASSED, NO_CODE, BROKEN, INFRASTRUCTURE = "passed", "no_code", "broken_tests", "infrastructure"
 KINDS = (PASSED, NO_CODE, "syntax_error", "missing_function", "wrong_answer", "exception", "exited", "timeout", "memory",
