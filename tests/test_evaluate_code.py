@@ -8,6 +8,7 @@ from code_records import CASES, PAIRS
 import evaluate
 from evaluate import EvaluateOptions
 from thor import config
+from thor.results import read_result
 from thor.trajectory import Execution, Span, Trajectory, to_json
 
 MBPP = CASES["mbpp"].record
@@ -48,6 +49,8 @@ def test_a_file_of_responses_is_graded_by_the_tests(tmp_path, capsys):
     assert metrics["code_ratio"]["value"] == pytest.approx(7 / 8) and not any(name.startswith("maj@") for name in metrics)
     lines = [json.loads(line) for line in (tmp_path / "scores.verdicts.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[0] == {"id": "mbpp/9001", "sample": 0, "kind": "passed", "detail": ""}
+    rows = read_result(tmp_path / "scores.json").rows
+    assert rows["mbpp/9001"].correct == [1, 0, 1, 0] and rows["mbpp/9001"].classes is None and "mbpp/9009" not in rows
     assert "1 problems left out" in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ from thor.results import Result, Row, Setting, read_result
 COMPARED = ("model", "style", "system", "instruction", "thinking", "max_corrections", "suffix_tokens", "seed", "dtype")
 # Settings that would make a difference by themselves, and versions of what grades.
 MEASURED = ("samples", "temperature", "top_p", "top_k", "max_response_tokens", "max_code_rounds", "max_thinking_tokens",
-            "cpu_seconds", "grade_seconds")
+            "cpu_seconds", "grade_seconds", "test_seconds")
 GRADERS = ("math-verify", "sympy")
 
 Shares = tuple[np.ndarray, np.ndarray]  # numerators and denominators of a mean or a pooled rate, float [P] problems each
