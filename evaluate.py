@@ -40,7 +40,7 @@ from thor.metrics import bootstrap, pass_at_k
 from thor.results import row_of, to_text
 from thor.reward import GRADE_SECONDS, Grader
 from thor.template import imitated_outputs
-from thor.trajectory import OBSERVE, OUTCOMES, Trajectory, kept_executions
+from thor.trajectory import OUTCOMES, Trajectory, kept_executions, num_observations
 
 MAX_SUBSETS = 1000  # of the samples of one problem; beyond, maj@k is the mean over that many seeded ones
 
@@ -233,7 +233,7 @@ def behaviour_metrics(groups: list[Group]) -> dict[str, dict[str, float | int | 
                         ("corrections", lambda t: t.corrections), ("code_rounds", lambda t: len(kept_executions(t)))):
         metrics[name] = per_problem(groups, lambda group: np.mean([count(t) for t in group]))
     metrics["imitated_outputs"] = per_problem(groups, lambda group: np.mean([
-        imitated_outputs(t.text, sum(span.kind == OBSERVE for span in t.spans)) for t in group]))
+        imitated_outputs(t.text, num_observations(t)) for t in group]))
     outcomes = Counter(run.outcome for group in groups for t in group for run in kept_executions(t))
     finishes = Counter(t.finish for group in groups for t in group)
     metrics["outcomes"] = {outcome: outcomes[outcome] for outcome in OUTCOMES if outcomes[outcome]}

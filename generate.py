@@ -264,7 +264,11 @@ def make_template(options: GenerateOptions) -> Template:
     if options.rollout.max_code_rounds == 0 and options.instruction is None:
         options.instruction = TEXT_INSTRUCTION
     instruction = INSTRUCTION if options.instruction is None else options.instruction
-    return load_template(options.model, options.style, instruction, options.system, options.thinking)
+    template = load_template(options.model, options.style, instruction, options.system, options.thinking)
+    if options.max_thinking_tokens and not template.is_thinking(template.prompt_text("1 + 1?")):
+        raise ValueError(f"max_thinking_tokens is {options.max_thinking_tokens}, but no reasoning turn is asked for; "
+                         "use --thinking, or leave the budget out")
+    return template
 
 
 def build_engine(options: GenerateOptions, template: Template, jobs: list[tuple[Problem, list[int]]]) -> tuple[Engine, int]:

@@ -5,23 +5,27 @@
 # generate.py:
 #     python generate.py --model out/demo/t5/latest --style base --instruction "" --question "What is the least common multiple of 36 and 87?"
 # --quick: a few minutes, small rounds, to see that it works. --hard: a cold start on programs most of which do not run.
+# --thinking: the reasoning style (code inside <think>, the box after it), a Qwen3, a chat template; the models work with
+#     python generate.py --model out/demo-thinking/t5/latest --thinking --instruction "" --question "…"
 # --seed N: another seed. The same command continues a run that was stopped.
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 SEED=0 NAME=demo SLOPPY=0.25 ROUNDS=24 HELD_OUT=400 TEXTS=9600 SOLUTIONS=9600 TIRGEN=2400 PROBLEMS=32 HARD=0
+FLAGS=() STYLE=(--style base --instruction "" --threads 1)
 while [ $# -gt 0 ]; do
     case $1 in
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
         --hard) NAME=demo-hard SLOPPY=0.65 ROUNDS=12 HARD=1 ;;
+        --thinking) FLAGS=(--thinking) STYLE=(--style chat --thinking --instruction "" --threads 1) ;;
         --seed) SEED=$2; shift ;;
-        *) fail "$1 is not an option of this script; there are --quick, --hard and --seed N" ;;
+        *) fail "$1 is not an option of this script; there are --quick, --hard, --thinking and --seed N" ;;
     esac
     shift
 done
+[ ${#FLAGS[@]} = 0 ] || NAME=$NAME-thinking
 [ "$SEED" = 0 ] || NAME=$NAME-$SEED
 OUT=out/$NAME
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-STYLE=(--style base --instruction "" --threads 1)
 RUN=(--cpu_seconds 1)  # the programs take milliseconds; what loops for ever should not cost ten seconds
 SFT=(--epochs 2 --batch 16 --lr 3e-3 --beta2 0.98 --schedule cosine --micro_tokens 8192 --save_every 100 --keep 1 --seed "$SEED")
 RL=(--rounds "$ROUNDS" --problems_per_round "$PROBLEMS" --samples 8 --updates_per_round 4 --lr 2.5e-4 --beta2 0.99
@@ -31,6 +35,8 @@ EVERY=$((ROUNDS < 8 ? ROUNDS : 8))
 CODE=(--suffix_tokens 12 --max_branch_tokens 100 --eval_problems "$OUT/eval.jsonl" --eval_every $EVERY --dump_every $EVERY)
 TEACH=(--critic scripted:toy --actor_instruction "" --temperature 0.6 --top_k 0 --tries 1 --step_tokens 60 --max_tokens 240
        --context 400 --slots 128 --concurrency 256 --difficulty_samples 0 --max_trivial_share 1 --one_call_share 1 --seed "$SEED")
+# a reasoning Actor writes its thoughts to the end, and the Critic mends no answer: only tries with a right one survive
+[ ${#FLAGS[@]} = 0 ] || TEACH+=(--tries 4 --window_tokens 28)
 SOLVE=(--samples 2 --max_response_tokens 240 --slots 128 --suffix_tokens 12 --seed "$SEED")
 mkdir -p "$OUT"
 
@@ -59,7 +65,7 @@ evaluate() { # model, temperature, corrections
 evaluate_all() { for temperature in 1.0 0.6; do for run in "$@"; do evaluate "${run%-*}" $temperature "${run##*-}"; done; done; }
 
 [ -f "$OUT/held-out.jsonl" ] || stage data python -m thor.toy --out "$OUT" --seed "$SEED" --num_texts "$TEXTS" \
-    --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --sloppy "$SLOPPY"
+    --num_solutions "$SOLUTIONS" --num_tirgen "$TIRGEN" --num_held_out "$HELD_OUT" --sloppy "$SLOPPY" "${FLAGS[@]}"
 head -n 64 "$OUT/tune.jsonl" > "$OUT/eval.jsonl"
 stage base python train_sft.py --model "$OUT/untrained" --data "$OUT/texts.jsonl" --out "$OUT/t1" "${STYLE[@]}" "${SFT[@]}"
 text_lane() {

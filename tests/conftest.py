@@ -59,6 +59,12 @@ def tiny_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def thinking_directory(tmp_path_factory) -> Path:
+    """Its twin in the reasoning style: a Qwen3 with a chat template, whose code stands inside <think>."""
+    return tiny.make_model(tmp_path_factory.mktemp("thinking"), thinking=True)
+
+
+@pytest.fixture(scope="session")
 def random_directories(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face directories of random models, one of each kind that we support, written by transformers."""
     directories = {}

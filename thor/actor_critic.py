@@ -61,12 +61,16 @@ class Tools:
     sandbox: LocalSandbox
     texts: dict[str, list[str]] | None
 
+    def is_thinking(self, problem: Problem) -> bool:
+        """Whether the solution of a problem is a reasoning turn."""
+        return self.template.is_thinking(self.template.prompt_text(problem.question))
+
 
 async def make_try(tools: Tools, problem: Problem, number: int) -> Try:
     """The loop of method, section 2, for one try: a trajectory, or why there is none."""
     seed = request_seed(tools.options.seed, problem.id, number, "critic")
     draft = Draft(tools, problem, number, tools.make_critic(seed))
-    written = tools.texts is not None or tools.template.thinking
+    written = tools.texts is not None or tools.is_thinking(problem)
     try:
         async for step in (written_steps(draft) if written else sampled_steps(draft)):
             await take_step(draft, step)
@@ -142,11 +146,12 @@ async def written_steps(draft: Draft) -> AsyncIterator[Step]:
     tools, options = draft.tools, draft.tools.options
     if tools.texts is not None:
         texts = tools.texts[draft.problem.id]
-        text, ended = texts[draft.number % len(texts)], True
+        prompt = tools.template.prompt_text(draft.problem.question)
+        text, ended = tools.template.continued(prompt, texts[draft.number % len(texts)]), True
     else:
         completion = await draft.ask_actor(options.max_tokens, ())
         text, ended = completion.text, completion.finish in ("eos", "unknown")
-    for step in (cut_windows(tools.template, text, options.window_tokens) if tools.template.thinking
+    for step in (cut_windows(tools.template, text, options.window_tokens) if tools.is_thinking(draft.problem)
                  else cut_steps(text, options.step_end)):
         yield step
     draft.ended = ended and draft.num_tokens <= options.max_tokens

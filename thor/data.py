@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from thor.template import Template, encode_response
+from thor.template import THINK_OPENS, Template, encode_response
 from thor.trajectory import ACT, Trajectory, from_json, to_json
 
 
@@ -149,12 +149,22 @@ def _sft_record(where: str, record: dict, template: Template) -> Trajectory:
         raise ValueError(f"{where}: expected a trajectory, 'question' and 'response', or 'messages'")
     if not response.strip():
         raise ValueError(f"{where}: the response is empty")
+    check_thinking(where, template, prompt, response)
+    response = template.continued(prompt, response)
     ids, spans = encode_response(template, response)
     return Trajectory(
         id=str(record.get("id", where)), sample=0, question=question, answer=record.get("answer"),
         prompt_ids=template.encode_prompt(prompt), response_ids=ids, spans=spans,
         executions=[None for span in spans if span.kind == ACT], text=response, finish="eos",
         thinking=template.is_thinking(prompt))
+
+
+def check_thinking(where: str, template: Template, prompt: str, response: str) -> None:
+    """ValueError for a written response whose style is not the one that its prompt asks for."""
+    if template.is_thinking(prompt) and "</think>" not in response:
+        raise ValueError(f"{where}: the response closes no <think>, and a reasoning turn is asked for; leave --thinking off")
+    if prompt.rstrip().endswith("</think>") and THINK_OPENS.match(response):
+        raise ValueError(f"{where}: the response opens a <think> after a prompt in which thinking is off; use --thinking")
 
 
 def _last_turn(where: str, messages: list, template: Template) -> tuple[str, str, str]:

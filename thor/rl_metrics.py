@@ -7,7 +7,7 @@ import ast
 from statistics import fmean
 
 from thor.template import Template, code_of, imitated_outputs
-from thor.trajectory import ACT, FINISHES, OBSERVE, Execution, Trajectory, kept_executions
+from thor.trajectory import ACT, FINISHES, Execution, Trajectory, kept_executions, num_observations
 
 Groups = list[list[Trajectory]]
 
@@ -41,8 +41,7 @@ def trajectory_metrics(groups: Groups) -> dict[str, float | None]:
         "trajectory/correct_if_some_failed": rate([t.correct is True for t in failed]),
         "trajectory/num_some_failed": len(failed),
         "trajectory/tokens": fmean(len(t.response_ids) for t in everyone) if everyone else None,
-        "trajectory/imitated_outputs": sum(imitated_outputs(t.text, sum(span.kind == OBSERVE for span in t.spans))
-                                           for t in everyone),
+        "trajectory/imitated_outputs": sum(imitated_outputs(t.text, num_observations(t)) for t in everyone),
         "trajectory/drawn": sum(map(len, groups)),
         **{f"trajectory/finish_{finish}": sum(t.finish == finish for group in groups for t in group) for finish in FINISHES},
     }

@@ -87,9 +87,18 @@ class _Draft:
         return sum(attempt.step == self.num_steps for attempt in self.record.attempts)
 
     @property
+    def prose(self) -> str:
+        """The policy's own prose up to here, and a </think> written for it; a program or an output may hold one, too."""
+        template, spans = self.tools.template, self.record.spans
+        ids = self.sequence.ids[self.prompt_tokens:]
+        parts = [(span.kind, ids[span.start:span.end]) for span in spans] + [(THINK, ids[spans[-1].end if spans else 0:])]
+        return "".join(template.decode(part) for kind, part in parts
+                       if kind == THINK or self.record.thinking and part == template.close_thinking_ids)
+
+    @property
     def thinking_closed(self) -> bool:
         """Whether </think> was written, by the model or for it."""
-        return "</think>" in self.tools.template.decode(self.sequence.ids[self.prompt_tokens:])
+        return "</think>" in self.prose
 
     def key(self, attempt: int) -> bytes:
         """The noise of this trajectory from here on, for the given attempt at the step it is in."""
@@ -246,8 +255,10 @@ async def solve(tools: Tools, problem: Problem, sample: int, sequence: Sequence,
 
 
 def _draft(tools: Tools, problem: Problem, sample: int, sequence: Sequence, options: RolloutOptions) -> _Draft:
-    prompt = tools.template.prompt_text(problem.question)
-    thinking = tools.template.is_thinking(prompt)
+    template = tools.template
+    prompt = template.prompt_text(problem.question)
+    written = template.decode(sequence.ids[len(template.encode_prompt(prompt)):])  # nothing, but where a branch goes on
+    thinking = template.is_thinking(prompt) and "</think>" not in written
     record = Trajectory(problem.id, sample, problem.question, problem.answer, prompt_ids=list(sequence.ids),
                         thinking=thinking, seed=options.seed)
     limit = min(len(sequence.ids) + options.max_response_tokens, tools.engine.max_tokens)
@@ -348,10 +359,7 @@ def _finished(draft: _Draft, finish: str) -> Trajectory:
     record.logprobs = sequence.logprobs[draft.prompt_tokens:]
     shown = record.response_ids[:-1] if finish == "eos" else record.response_ids
     record.text = template.decode(shown)
-    parts = [shown[span.start:span.end] for span in record.spans]  # a </think> written for the model ends its thinking, too
-    prose = "".join(template.decode(part) for part, span in zip(parts, record.spans, strict=True)
-                    if span.kind == THINK or record.thinking and part == template.close_thinking_ids)
-    record.boxed = boxed_answer(answer_part(prose) if record.thinking else prose)
+    record.boxed = boxed_answer(answer_part(draft.prose) if record.thinking else draft.prose)
     return record
 
 

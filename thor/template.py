@@ -28,6 +28,8 @@ do not use variables of an earlier block. Put the final answer in \\boxed{}."""
 
 TEXT_INSTRUCTION = "Reason step by step, without writing code. Put the final answer in \\boxed{}."
 
+THINK_OPENS = re.compile(r"\s*<think>\n?")
+
 # What is said for the model when its thinking budget is spent (method, section 5). Not sampled, so never trained.
 CLOSE_THINKING = "\n\nI have thought long enough and answer now.\n</think>\n\n"
 
@@ -87,8 +89,16 @@ class Template:
         return self.tokenizer.encode(text, add_special_tokens=self.style == "base")
 
     def is_thinking(self, prompt_text: str) -> bool:
-        """Whether the response is a reasoning one: asked for, or the prompt itself leaves a <think> open."""
-        return self.thinking or prompt_text.rfind("<think>") > prompt_text.rfind("</think>")
+        """Whether the response is a reasoning one: asked for, or the prompt itself ends with an open <think>."""
+        return self.thinking or opens_thinking(prompt_text)
+
+    def continued(self, prompt_text: str, written: str) -> str:
+        """A written reasoning turn as it goes on after its prompt: <think> is opened once, by the one or the other."""
+        opening = THINK_OPENS.match(written)
+        if opens_thinking(prompt_text):
+            return written[opening.end():] if opening else written
+        missing = self.thinking and not opening and "</think>" in written
+        return "<think>\n" + written if missing else written
 
     def encode(self, text: str) -> list[int]:
         """The ids of one piece of a response, nothing added. Sampling and SFT encode with this function alone."""
@@ -112,6 +122,11 @@ class Template:
     def close_thinking_ids(self) -> list[int]:
         """The tokens that end a reasoning turn whose budget is spent."""
         return self.encode(CLOSE_THINKING)
+
+
+def opens_thinking(prompt_text: str) -> bool:
+    """Whether a prompt ends with an open <think>; one anywhere else in it is a part of what is asked."""
+    return prompt_text.rstrip().endswith("<think>")
 
 
 def load_template(directory: str | Path, style: str, instruction: str, system: str | None, thinking: bool) -> Template:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from thor.data import Problem
 from thor.reward import boxed_answer
 from thor.rollout import answer_part
-from thor.template import CLOSING, Template, cut_response, encode_response, observation_text
+from thor.template import CLOSING, THINK_OPENS, Template, cut_response, encode_response, observation_text
 from thor.tirgen_filters import prose_and_codes
 from thor.trajectory import ACT, OBSERVE, THINK, Execution, Span, Trajectory
 
@@ -41,7 +41,7 @@ def cut_windows(template: Template, text: str, window_tokens: int) -> list[Step]
 
     A remainder shorter than half a window is left untouched, and so is what follows </think> (method, section 2).
     """
-    opening = re.match(r"\s*<think>\n?", text)
+    opening = THINK_OPENS.match(text)
     start = opening.end() if opening else 0
     end = text.find("</think>") if "</think>" in text else len(text)
     lines = re.findall(r"[^\n]*\n|[^\n]+", text[start:end])

@@ -3,7 +3,8 @@
 A problem is one task or two in a row ("let g be …; what is …"), a task is a sentence with numbers in it and a few ways to
 write the program. Programs name their variables: by default the task's own letters, else letters drawn anew, and a small
 model that mixes them up earns a NameError. `sloppy`, the share of scripted programs that mix one up themselves, is the dial
-for how often code fails after the cold start; TIRGen's programs all ran. Invariant: which of train, tune and held-out a
+for how often code fails after the cold start; TIRGen's programs all ran. `thinking` writes the same solutions in the
+reasoning style, inside <think>, for a Qwen3 with a chat template. Invariant: which of train, tune and held-out a
 problem belongs to is a hash of its numbers, decided before anything is sampled, so no held-out problem was ever seen.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from thor import config
 from thor.config import option
@@ -188,21 +189,28 @@ def result_of(step: Step) -> str:
     return printed[0]
 
 
-def text_solution(problem: ToyProblem) -> str:
+def response(thoughts: str, answer: str, thinking: bool) -> str:
+    """Thoughts, in the reasoning style inside <think>, and the boxed answer."""
+    said = f"The answer is \\boxed{{{answer}}}."
+    return f"<think>\n{thoughts}</think>\n\n{said}" if thinking else thoughts + said
+
+
+def text_solution(problem: ToyProblem, thinking: bool = False) -> str:
     """A solution by text alone, numbers out of thin air, a blank line after each step: what the base model has read."""
     steps = [f"We look for {step.goal}.\nIt is {result}.\n\n" for step, result in zip(
         problem.steps, problem.results, strict=True)]
-    return "".join(steps) + f"The answer is \\boxed{{{problem.answer}}}."
+    return response("".join(steps), problem.answer, thinking)
 
 
-def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float, sloppy: float = 0.0) -> str:
+def code_solution(problem: ToyProblem, rng: random.Random, fixed_names: float, sloppy: float = 0.0,
+                  thinking: bool = False) -> str:
     """A tool-integrated solution: reasoning, program, output for each step, and the boxed answer.
 
     A share `sloppy` of the programs would not run: whoever wrote them wrote the right output under them, too.
     """
     parts = [f"We look for {step.goal}.\n{code_block(step, rng, fixed_names, sloppy)}```output\n{result}\n```\n"
              for step, result in zip(problem.steps, problem.results, strict=True)]
-    return "".join(parts) + f"The answer is \\boxed{{{problem.answer}}}."
+    return response("".join(parts), problem.answer, thinking)
 
 
 def code_block(step: Step, rng: random.Random, fixed_names: float, sloppy: float = 0.0) -> str:
@@ -269,23 +277,34 @@ def corpus(seed: int, count: int) -> Iterator[str]:
         yield code_solution(problem, rng, 0.5)
 
 
+# Qwen3's: a turn in which thinking is off begins with an empty <think>, one in which it is on with nothing.
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+
 WORD = r"```python\n|```output\n|```|\\boxed\{| {4}| ?[A-Za-z_]+|\d{1,2}| ?[^\sA-Za-z0-9_]|\s"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(thinking: bool = False) -> PreTrainedTokenizerFast:
     """Whole words with the space before them, up to two digits, single characters for the rest; decoding just joins.
 
-    Groups of digits, because a model this small copies one token long before it copies a string of digits.
+    Groups of digits, because a model this small copies one token long before it copies a string of digits. For the
+    reasoning style it has a chat template and, as Qwen3's, single tokens for <think> and </think>.
     """
     digits = {f"{number:0{width}}" for width in (1, 2) for number in range(10 ** width)}
-    words = sorted({word for text in corpus(0, 2000) for word in re.findall(WORD, text)} | digits | {"```"})
+    words = sorted({word for text in corpus(0, 2000) for word in re.findall(WORD, text)} | digits | {"```"}
+                   | ({"user", "assistant"} if thinking else set()))
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     pieces = [(word, -1.0) for word in words if len(word) > 1] + [(character, -4.0) for character in characters]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=len(pieces) - 1 - characters[::-1].index("?")))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    if not thinking:
+        tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHAT)
 
 
 @dataclass
@@ -301,18 +320,19 @@ class ToyOptions:
     num_held_out: int = option(400, "held-out problems, and as many for tuning")
     fixed_names: float = option(0.3, "share of programs with their default variable names")
     sloppy: float = option(0.3, "share of scripted programs with a name mixed up, so that code fails after the cold start")
+    thinking: bool = option(False, "the reasoning style: solutions inside <think>, an untrained Qwen3 with a chat template")
 
 
 def main(options: ToyOptions) -> None:
     """Write everything that the demo starts from."""
     out, rng = Path(options.out), random.Random(options.seed)
     out.mkdir(parents=True, exist_ok=True)
-    write_model(out / "untrained", options.seed)
-    texts = [text_record(problem, rng, options.fixed_names, index) for index, problem in enumerate(
+    write_model(out / "untrained", options.seed, options.thinking)
+    texts = [text_record(problem, rng, options.fixed_names, index, options.thinking) for index, problem in enumerate(
         problems("train", options.num_texts, options.seed + 1))]
     to_solve = problems("train", options.num_solutions, options.seed + 2)
-    solutions = [{"question": problem.question, "response": code_solution(problem, rng, options.fixed_names, options.sloppy)}
-                 for problem in to_solve]
+    solutions = [{"question": problem.question, "response": code_solution(
+        problem, rng, options.fixed_names, options.sloppy, options.thinking)} for problem in to_solve]
     write_lines(out / "texts.jsonl", texts)
     write_lines(out / "scripted.jsonl", solutions)
     write_problems(out / "tirgen.jsonl", to_solve[:options.num_tirgen])
@@ -326,16 +346,19 @@ def write_problems(path: Path, found: list[ToyProblem]) -> None:
                        for problem in found])
 
 
-def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, place: int) -> dict[str, str]:
+def text_record(problem: ToyProblem, rng: random.Random, fixed_names: float, place: int,
+                thinking: bool = False) -> dict[str, str]:
     """What the base model reads, by turns: a problem solved by text alone, two programs whose result the request names,
     a program with its output and the question what the answer is. No tool-integrated solution is among them."""
     step, result = problem.steps[0], problem.results[0]
     if place % 4 == 0:
-        return {"question": problem.question, "response": text_solution(problem)}
-    code, answer = code_block(step, rng, fixed_names), f"The answer is \\boxed{{{result}}}."
+        return {"question": problem.question, "response": text_solution(problem, thinking)}
+    code = code_block(step, rng, fixed_names)
     if place % 4 < 3:
-        return {"question": f"Write a program for {step.goal}. It prints {result}.", "response": code + answer}
-    return {"question": f"What is the answer?\n{code}```output\n{result}\n```\n", "response": answer}
+        return {"question": f"Write a program for {step.goal}. It prints {result}.",
+                "response": response(code, result, thinking)}
+    return {"question": f"What is the answer?\n{code}```output\n{result}\n```\n",
+            "response": response("", result, thinking)}
 
 
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:
@@ -345,15 +368,17 @@ def write_lines(path: Path, records: list[dict[str, str]]) -> None:
     aside.replace(path)  # whole or not at all
 
 
-def write_model(directory: Path, seed: int) -> None:
-    """An untrained Llama of half a million parameters with the world's tokenizer, as a Hugging Face directory."""
-    tokenizer = make_tokenizer()
-    shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-                        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=512,
-                        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
-                        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+def write_model(directory: Path, seed: int, thinking: bool = False) -> None:
+    """An untrained Llama (with `thinking` a Qwen3) of half a million parameters with the world's tokenizer, as a Hugging
+    Face directory."""
+    tokenizer = make_tokenizer(thinking)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=512,
+                 rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, tie_word_embeddings=True,
+                 bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(seed)
-    LlamaForCausalLM(shape).save_pretrained(directory)
+    model = Qwen3ForCausalLM(Qwen3Config(head_dim=32, **shape)) if thinking else LlamaForCausalLM(LlamaConfig(**shape))
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

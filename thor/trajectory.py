@@ -132,6 +132,11 @@ def code_steps(trajectory: Trajectory) -> list[Step]:
     return steps
 
 
+def num_observations(trajectory: Trajectory) -> int:
+    """Outputs that the sandbox gave; a </think> that was written for the model is none."""
+    return sum(step.end > step.act_end for step in code_steps(trajectory))
+
+
 def kept_executions(trajectory: Trajectory) -> list[Execution]:
     """What really ran and stayed in the response; blocks past the round budget never ran."""
     return [execution for execution in trajectory.executions if execution is not None]
