@@ -5,7 +5,8 @@
 #     PROBLEMS=problems.jsonl CRITIC=http://host:8000 bash runs/qwen3-8b.sh                # published: DeepScaleR-Preview, Qwen3-32B
 #     NODE=0 MASTER=host:29500 PROBLEMS=… CRITIC=… bash runs/qwen3-8b.sh --nodes 4         # on each machine, NODE from 0 to 3
 # Not published: the number of rounds, and the length of a response in RL (3,200 tokens are the 7B's, which does not reason;
-# 16,000 are those of inference). The cold start's set had 27,652 trajectories.
+# 16,000 are those of inference). The cold start's set had 27,652 trajectories. Sequences of 17,000 tokens fit only where
+# layers are computed again in the backward pass (docs/scale.md).
 
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 MODEL=${MODEL:-models/Qwen3-8B} OUT=${OUT:-out/qwen3-8b}

@@ -67,7 +67,8 @@ Batch = tuple[Pack, Tokens, Counts]
 def make_batch(tokens: int, vocab: int, length: int = 512) -> Batch:
     """Sequences of `length` tokens, all but the first of each trained."""
     rng, trained = random.Random(0), [False] + [True] * (length - 1)
-    samples = [Sample([rng.randrange(vocab) for _ in range(length)], trained, [-1.0] * (length - 1), [-1.0] * (length - 1),
+    logprobs = [-1.0] * (length - 1)
+    samples = [Sample([rng.randrange(vocab) for _ in range(length)], trained, logprobs, logprobs,
                       advantage=1.0 - 2 * (number % 2)) for number in range(tokens // length)]
     pack = make_pack(samples)
     known = loss_tokens(samples, pack)
@@ -225,7 +226,7 @@ def test_the_optimizer_holds_two_numbers_a_parameter():
     held = 8 * plan.num_parameters(SMALL)
     assert live.now - before == pytest.approx(held, rel=1e-3)
     largest = 4 * SMALL.vocab_size * SMALL.hidden_size
-    assert live.peak - before < held + 3 * largest  # a CPU takes one parameter at a time; CUDA's fused kernel needs nothing
+    assert live.peak - before < held + 3 * largest  # a CPU takes one parameter at a time; CUDA's kernel needs nothing
 
 
 def test_more_gpus_and_smaller_packs_never_need_more():
@@ -241,8 +242,8 @@ def test_the_largest_pack_fits_and_a_larger_one_does_not():
     shape, options = plan.SHAPES["Qwen2.5-Math-7B"], options_for(1, gpus=8, dtype="bfloat16", attention="varlen")
     tokens = plan.largest_pack(shape, options)
     assert tokens % 1024 == 0
-    limit = options.memory * plan.GIB
-    assert plan.peak(shape, replace(options, tokens=tokens)) <= limit < plan.peak(shape, replace(options, tokens=tokens + 1024))
+    this, larger = (plan.peak(shape, replace(options, tokens=number)) for number in (tokens, tokens + 1024))
+    assert this <= options.memory * plan.GIB < larger
 
 
 def test_the_table_says_what_fits(capsys):
@@ -266,14 +267,15 @@ def test_what_makes_no_sense_is_one_sentence_and_exit_code_2(argv, complaint, ca
 
 
 RECIPES = ["qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen3-8b"]
-OPTIONS = {"tirgen.py": TirgenOptions, "train_sft.py": SftOptions, "train_rl.py": TrainOptions, "evaluate.py": EvaluateOptions}
+OPTIONS = {"tirgen.py": TirgenOptions, "train_sft.py": SftOptions, "train_rl.py": TrainOptions,
+           "evaluate.py": EvaluateOptions}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--nodes", "4"]], ids=["one machine", "four machines"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_command_of_a_recipe_is_one_that_its_script_takes(recipe, arguments):
-    printed = subprocess.run(["bash", ROOT / "runs" / f"{recipe}.sh", "--print", *arguments], capture_output=True, text=True,
-                             check=True).stdout
+    printed = subprocess.run(["bash", ROOT / "runs" / f"{recipe}.sh", "--print", *arguments], capture_output=True,
+                             text=True, check=True).stdout
     scripts = []
     for words in map(shlex.split, printed.splitlines()):
         [place] = [place for place, word in enumerate(words) if word in OPTIONS]

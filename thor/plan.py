@@ -3,11 +3,9 @@
     python -m thor.plan --model Qwen2.5-Math-7B --gpus 8 --tokens 16384
 
 MODEL is a Hugging Face directory or one of the shapes below. The numbers follow from what the code keeps: thor/model.py
-without compilation, thor/batch.py's chunks, thor/parallel.py's sharding. Invariant: tests/test_plan.py holds every formula
-against the bytes that the same code really holds, within 15 %. What CUDA itself takes (context, fragmentation, buffers of
-NCCL) is in none of it: `--memory` should leave 5 to 10 % of the device.
-
-P parameters · T tokens of a pack · E hidden size · F feed-forward size · H, K query, key/value heads · D head dim · V words
+without compilation, thor/batch.py's chunks, thor/parallel.py's sharding. Invariant: tests/test_plan.py holds every
+formula against the bytes that the same code really holds, within 15 %. What CUDA itself takes (context, fragmentation,
+buffers of NCCL) is in none of it: `--memory` should leave 5 to 10 % of the device.
 """
 
 import sys
@@ -24,14 +22,14 @@ from thor.weights import read_config
 
 GIB = 2**30
 FLOAT32 = 4
-LOGITS_BYTES = 22  # a sampled token's row of the vocabulary: logits (bf16, float32), log-probs, probabilities, float64 sums
+LOGITS_BYTES = 22  # of a sampled token and word: logits (bf16, float32), log-prob, probability, float64 sum
 
 
 def _shape(vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, tied: bool,
            qwen3: bool = False) -> ModelConfig:
     context, theta = (40960, 1e6) if qwen3 else (4096, 1e4)
-    return ModelConfig(vocab, hidden, feed_forward, layers, heads, kv_heads, 128, 1e-6, theta, context, qkv_bias=not qwen3,
-                       qk_norm=qwen3, tied_head=tied)
+    return ModelConfig(vocab, hidden, feed_forward, layers, heads, kv_heads, 128, 1e-6, theta, context,
+                       qkv_bias=not qwen3, qk_norm=qwen3, tied_head=tied)
 
 
 # From the published config.json of each.
@@ -53,7 +51,7 @@ class PlanOptions:
     tokens: int = option(16384, "of the largest pack: --pack_tokens of train_rl.py, --micro_tokens of train_sft.py")
     memory: float = option(80.0, "GiB of a GPU that the run may use")
     dtype: str = option("bfloat16", "of the arithmetic and of the sampler: bfloat16 or float32; masters are float32")
-    checkpoint_layers: bool = option(False, "keep only each layer's input and compute the layer again in the backward pass")
+    checkpoint_layers: bool = option(False, "keep each layer's input only, compute it again in the backward pass")
     offload: bool = option(False, "AdamW's moments on the CPU")
     replicas: int = option(1, "groups of ranks that each hold all weights between them (HSDP)")
     slots: int = option(64, "sequences that are sampled at once; the cache holds twice as many")
@@ -83,8 +81,8 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of one thing while sampling; while the head is in its backward pass, then the last layer, then, as it ends, the
-    embedding; and in the optimizer step."""
+    """Bytes of one thing while sampling; while the head is in its backward pass, then the last layer, then, as it ends,
+    the embedding; and in the optimizer step."""
 
     name: str
     sampling: float = 0
@@ -119,9 +117,9 @@ def num_parameters(shape: ModelConfig) -> int:
 def saved_by_layer(shape: ModelConfig, c: int, attention: str) -> int:
     """Bytes that one layer keeps of one token for its backward pass, with `c` bytes a number.
 
-    A norm keeps its input in float32, the normalised input and its output; attention q, k, v, its output and the float32
-    log-sum of each head; the feed-forward gate, silu(gate), up, and their product. Attention one sequence at a time keeps
-    its output twice: as it came, and joined with the others'.
+    A norm keeps its input in float32, the normalised input and its output; attention q, k, v, its output and the
+    float32 log-sum of each head; the feed-forward gate, silu(gate), up, and their product. Attention one sequence at a
+    time keeps its output twice: as it came, and joined with the others'.
     """
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     norms = 2 * ((FLOAT32 + 2 * c) * shape.hidden_size + FLOAT32)
@@ -143,8 +141,8 @@ def activations(shape: ModelConfig, options: PlanOptions) -> float:
 
 
 def head_temporaries(shape: ModelConfig, options: PlanOptions) -> float:
-    """Bytes of the head's backward pass: a chunk's log-probs, their gradient and that of the logits, in float32 and in the
-    dtype of the arithmetic; the gradient that the chunk gives the head's weight, and the sum that it is added to."""
+    """Bytes of the head's backward pass: a chunk's log-probs, their gradient and that of the logits, in float32 and in
+    the dtype of the arithmetic; the gradient that the chunk gives the head's weight, and the sum it is added to."""
     c = options.compute_bytes
     wide = 3 * FLOAT32 + (c if c < FLOAT32 else 0)
     return min(CHUNK_TOKENS, options.tokens) * shape.vocab_size * wide + 2 * c * shape.vocab_size * shape.hidden_size
@@ -185,9 +183,9 @@ def memory(shape: ModelConfig, options: PlanOptions) -> list[Row]:
 
 def whole_weights(shape: ModelConfig, options: PlanOptions) -> Iterator[Row]:
     """What FSDP2 has unsharded. Embedding and head, from the forward pass on; with a layer being computed, the head's
-    gradient, that layer and the next (fetched ahead), the layer's gradients and the float32 buffer that sums them over the
-    ranks; as it ends, the gradients of embedding and head, and their buffer. On one GPU nothing is sharded, and bfloat16 is
-    a copy of the weights."""
+    gradient, that layer and the next (fetched ahead), the layer's gradients and the float32 buffer that sums them over
+    the ranks; as it ends, the gradients of embedding and head, and their buffer. On one GPU nothing is sharded, and
+    bfloat16 is a copy of the weights."""
     c, layer, root = options.compute_bytes, layer_parameters(shape), root_parameters(shape)
     if options.gpus == 1:
         copy = c * num_parameters(shape) if c < FLOAT32 else 0
@@ -252,9 +250,9 @@ def verdict(shape: ModelConfig, options: PlanOptions) -> list[str]:
             lines.append(f"largest pack{', --checkpoint_layers' * checkpointing}{', --offload' * offload}: "
                          + (f"{tokens:,} tokens" if tokens else "none"))
     number = fewest_gpus(shape, options)
-    lines.append(f"fewest GPUs for {options.tokens:,} tokens as asked: " + (f"{number}" if number else "no number is enough"))
+    lines.append(f"fewest GPUs for {options.tokens:,} tokens: " + (f"{number}" if number else "no number is enough"))
     if options.compute_bytes * num_parameters(shape) > options.memory * GIB / 2:
-        lines.append("the sampler's weights alone take more than half of a GPU: sampling would have to be tensor-parallel")
+        lines.append("the sampler's weights take more than half of a GPU: sampling would have to be tensor-parallel")
     return lines
 
 
@@ -275,9 +273,10 @@ def table(shape: ModelConfig, options: PlanOptions) -> str:
 def show(options: PlanOptions) -> None:
     """Print the table and what fits."""
     shape = find_shape(options.model)
-    print(f"{options.model}: {num_parameters(shape) / 1e9:.2f} billion parameters, {layer_parameters(shape) / 1e6:.1f} million "
-          f"in each of {shape.num_layers} layers; {options.gpus} GPUs, weights over {options.shards}, packs of "
-          f"{options.tokens:,} tokens; {kv_bytes(shape, options.compute_bytes) / 1024:.0f} KiB of keys and values a token")
+    print(f"{options.model}: {num_parameters(shape) / 1e9:.2f} billion parameters, "
+          f"{layer_parameters(shape) / 1e6:.1f} million in each of {shape.num_layers} layers; "
+          f"{kv_bytes(shape, options.compute_bytes) / 1024:.0f} KiB of keys and values a token\n"
+          f"GPUs: {options.gpus}, weights over {options.shards} of them; packs of {options.tokens:,} tokens")
     print(table(shape, options))
     print("\n".join(verdict(shape, options)))
 

@@ -2,8 +2,8 @@
 
     python -m thor.plan_round --model Qwen2.5-Math-7B
 
-Every number follows from the shape of the model, the data sheet of a GPU, and the assumptions that are the options below;
-none is measured. Invariant: an assumption is an option or a constant here, never a number inside a formula.
+Every number follows from the shape of the model, the data sheet of a GPU, and the assumptions that are the options
+below; none is measured. Invariant: an assumption is an option or a constant here, never a number inside a formula.
 
 P parameters · T tokens · n GPUs
 """
@@ -39,7 +39,7 @@ class RoundOptions:
     model: str = required("Hugging Face directory, or one of thor.plan's shapes")
     device: str = option("H100", "one of " + ", ".join(DEVICES))
     problems: int = option(5120, "problems of a round")
-    samples: int = option(16, "trajectories of a problem, and branches of a failed step, of which there is one a problem")
+    samples: int = option(16, "trajectories of a problem, and branches of its one failed step")
     updates: int = option(40, "optimizer steps of a round")
     prompt: int = option(250, "tokens of a prompt")
     response: int = option(1200, "tokens of a trajectory, mean")
@@ -58,7 +58,8 @@ def decode_step(shape: ModelConfig, options: RoundOptions, batch: int, context: 
     """Seconds in which each of `batch` sequences gets a token: weights and keys and values are read once."""
     device = DEVICES[options.device]
     read = BF16 * num_parameters(shape) + batch * context * kv_bytes(shape, BF16)
-    return max(read / (device.bandwidth * options.decode_share), 2 * num_parameters(shape) * batch / (device.flops * options.mfu))
+    flops = 2 * num_parameters(shape) * batch
+    return max(read / (device.bandwidth * options.decode_share), flops / (device.flops * options.mfu))
 
 
 def sampling_seconds(shape: ModelConfig, options: RoundOptions, gpus: int) -> dict[str, float]:
@@ -67,8 +68,9 @@ def sampling_seconds(shape: ModelConfig, options: RoundOptions, gpus: int) -> di
     batch = max(1, min(options.slots, int(each)))
     busy = decode_step(shape, options, batch, options.prompt + options.response / 2)
     later = decode_step(shape, options, batch, options.prompt + options.response)
+    alone = decode_step(shape, options, 1, options.longest)
     return {"trajectories": max(1, each / batch) * options.response * busy,
-            "waiting for the longest": (options.longest - options.response) * decode_step(shape, options, 1, options.longest),
+            "waiting for the longest": (options.longest - options.response) * alone,
             "branches": max(1, each / batch) * options.branch * later}
 
 
@@ -92,16 +94,16 @@ def training_seconds(shape: ModelConfig, options: RoundOptions, gpus: int) -> fl
 
 
 def pass_bytes(shape: ModelConfig, shards: int) -> float:
-    """Bytes that a rank receives in one forward and backward pass: layers twice and the rest once in bf16, then gradients
-    in float32, each less the rank's own share."""
+    """Bytes that a rank receives in one forward and backward pass: layers twice and the rest once in bf16, then
+    gradients in float32, each less the rank's own share."""
     layers = shape.num_layers * layer_parameters(shape)
     received = BF16 * (2 * layers + root_parameters(shape)) + FLOAT32 * num_parameters(shape)
     return received * (shards - 1) / shards
 
 
 def communication_seconds(shape: ModelConfig, options: RoundOptions, gpus: int, hsdp: bool) -> float:
-    """Seconds in which the round's passes move weights and gradients. With HSDP weights are shared inside a node, and each
-    pass ends with a sum of the gradients' shards over the nodes."""
+    """Seconds in which the round's passes move weights and gradients. With HSDP weights are shared inside a node, and
+    each pass ends with a sum of the gradients' shards over the nodes."""
     device = DEVICES[options.device]
     tokens = round_tokens(options) / (options.updates * gpus)
     passes = options.updates * max(1, -(-tokens // options.pack_tokens))
@@ -152,7 +154,8 @@ def show(options: RoundOptions) -> None:
         raise ValueError(f"device is {options.device!r}; it must be one of {', '.join(DEVICES)}")
     shape, numbers = find_shape(options.model), (1, 8, 32, 64, 256, 1024)
     table = [columns(shape, options, gpus) for gpus in numbers]
-    print(f"| {options.model}, {options.device}, calculated | " + " | ".join(f"{gpus:,} GPUs" for gpus in numbers) + " |")
+    head = " | ".join(f"{gpus:,} GPUs" for gpus in numbers)
+    print(f"| {options.model}, {options.device}, calculated | {head} |")
     print("| --- |" + " ---: |" * len(numbers))
     for name in table[0]:
         cells = (f"{column[name]:,.0f}" if column[name] >= 20 else f"{column[name]:.2g}" for column in table)
