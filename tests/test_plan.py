@@ -186,8 +186,8 @@ def imagined_ranks(number: int) -> Iterator[DeviceMesh]:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("tokens", [512, pytest.param(8192, marks=pytest.mark.slow)])
-def test_a_sharded_step_peaks_as_calculated(tokens):
+@pytest.mark.parametrize(("tokens", "tolerance"), [(512, 0.02), pytest.param(8192, 0.15, marks=pytest.mark.slow)])
+def test_a_sharded_step_peaks_as_calculated(tokens, tolerance):
     """A rank of 8, all of whose bytes are counted; with few tokens the whole gradients of embedding and head decide."""
     shape = replace(plan.SHAPES["Qwen2.5-Math-7B"], num_layers=3)
     options = options_for(tokens, gpus=8, dtype="bfloat16", attention="varlen")
@@ -202,7 +202,7 @@ def test_a_sharded_step_peaks_as_calculated(tokens):
         measure(model, fake_batch(batch, mode), live)
     sums = plan.totals(plan.memory(shape, options))
     moments = 8 * plan.num_parameters(shape) / 8  # which there are none of before the first optimizer step
-    assert live.peak == pytest.approx(max(sums["head"], sums["layer"], sums["end"]) - moments, rel=0.15)
+    assert live.peak == pytest.approx(max(sums["head"], sums["layer"], sums["end"]) - moments, rel=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
