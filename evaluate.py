@@ -4,9 +4,9 @@
     python evaluate.py --model DIR --benchmark NAME|FILE --samples 4 --out FILE.json
     python evaluate.py --compare A.json B.json
 
-The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run continues),
-the third says whether B is better than A (thor/compare.py). For a code benchmark the first names it too, since its tests
-are what grades (docs/code-benchmarks.md).
+The first grades a file of trajectories, the second writes that file first (FILE.responses.jsonl; a killed run
+continues), the third says whether B is better than A (thor/compare.py).
+A code benchmark (docs/code-benchmarks.md) is named in the first two cases, for its tests are what grades.
 Every metric is {value, low, high}: 95 % bootstrap over problems, 10,000 draws, seed 0.
 """
 
@@ -55,7 +55,7 @@ class EvaluateOptions(GenerateOptions):
     benchmark: str | None = option(None, "name of a benchmark, or a JSON-lines file of problems")
     graders: int = option(2, "processes that compare answers")
     resume: bool = option(False, "go on with what --out began, and refuse to begin; without it a begun run goes on too")
-    compare: list[str] = several("A.json B.json, several such pairs, or two directories: B − A; --out NAME.png draws it")
+    compare: list[str] = several("A.json B.json, several such pairs, or two directories; --out NAME.png draws it")
     force: bool = option(False, "with --compare: also what was measured differently")
     check_canonical: bool = option(False, "test a code benchmark's own solutions, without a model")
     test_seconds: float = option(10.0, "code benchmarks: CPU time of a candidate in all tests that are run as one")
@@ -154,7 +154,7 @@ def check_begun(options: EvaluateOptions, responses: Path) -> None:
     """Say aloud that a begun evaluation goes on; ValueError if it should and there is none."""
     begun = responses.is_file() and responses.read_bytes().count(b"\n")
     if begun:
-        print(f"{responses} holds {begun} trajectories, and the run goes on from there; for a new one, name another --out")
+        print(f"{responses} holds {begun} trajectories, and the run goes on from there; another --out begins anew")
     elif options.resume:
         raise ValueError(f"--resume finds nothing begun: {responses} holds no trajectory; leave --resume out to begin")
 

@@ -1,12 +1,12 @@
 """What more tokens buy: accuracy over N samples, or over N_corr retries of a failed step, as a table and a picture.
 
     python runs/curves.py --curve samples --model DIR --benchmark NAME|FILE --samples 16 --out DIR
-    python runs/curves.py --curve corrections --model DIR --benchmark NAME|FILE --samples 4 --max_corrections 4 --out DIR
+    python runs/curves.py --curve corrections --model DIR --benchmark NAME|FILE --samples 4 --out DIR
     python runs/curves.py --curve samples --results A.json B.json --out DIR      # of evaluations that are there
 
 All flags of evaluate.py are taken. `samples` needs one evaluation (OUT/samples.json), `corrections` one for each N_corr
-from 0 to --max_corrections (OUT/corrections-N.json); what is there already is not made again. Then OUT/curve-samples.md and .png,
-or OUT/curve-corrections.md and .png, with one panel for each model among --results.
+from 0 to --max_corrections (OUT/corrections-N.json); what is there already is not made again. Table and picture are
+OUT/curve-samples.md and .png, or OUT/curve-corrections.md and .png, with a panel for each model among --results.
 """
 
 import sys
@@ -42,7 +42,8 @@ def main(options: Options) -> None:
     out.mkdir(parents=True, exist_ok=True)
     paths = [Path(name) for name in options.results] or evaluations(options, out)
     results = [read_result(path) for path in paths]
-    text = (draw_samples if options.curve == "samples" else draw_corrections)(results, out / f"curve-{options.curve}.png")
+    draw = draw_samples if options.curve == "samples" else draw_corrections
+    text = draw(results, out / f"curve-{options.curve}.png")
     (out / f"curve-{options.curve}.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\nwritten to {out}/curve-{options.curve}.md, drawn in {out}/curve-{options.curve}.png")
 
@@ -52,8 +53,10 @@ def evaluations(options: Options, out: Path) -> list[Path]:
     if options.curve == "samples":
         return [evaluated(options, out / "samples.json", options.max_corrections)]
     if options.max_corrections < 1:
-        raise ValueError(f"max_corrections is {options.max_corrections}; the curve goes from 0 to it, so it must be 1 or more")
-    return [evaluated(options, out / f"corrections-{number}.json", number) for number in range(options.max_corrections + 1)]
+        raise ValueError(f"max_corrections is {options.max_corrections}, to which the curve goes from 0; "
+                         "it must be 1 or more")
+    return [evaluated(options, out / f"corrections-{number}.json", number)
+            for number in range(options.max_corrections + 1)]
 
 
 def evaluated(options: Options, path: Path, max_corrections: int) -> Path:
@@ -82,7 +85,8 @@ def draw_corrections(results: list[Result], picture: Path) -> str:
             others = differing(group[0], result, [name for name in COMPARED if name != "max_corrections"])
             found = disagreements(group[0], result)[0] + others
             if found:
-                raise ValueError(f"{group[0].path} and {result.path} differ in more than max_corrections: {'; '.join(found)}")
+                raise ValueError(f"{group[0].path} and {result.path} differ in more than max_corrections: "
+                                 + "; ".join(found))
     drawn = {name: curves.corrections(group) for name, group in groups.items()}
     curves.plot_corrections(drawn, picture)
     return "\n\n".join(f"### {name}\n\n{curves.corrections_table(points)}" for name, points in drawn.items())

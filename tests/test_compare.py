@@ -19,7 +19,8 @@ from thor.results import Result, Row, read_result, to_text
 
 SETTINGS = {"model": "runs/a/latest", "benchmark": "data/bench.jsonl", "samples": 4, "temperature": 0.6, "top_p": 1.0,
             "top_k": 0, "max_response_tokens": 100, "max_code_rounds": 3, "max_thinking_tokens": 0, "cpu_seconds": 1.0,
-            "grade_seconds": 5.0, "max_corrections": 0, "seed": 0, "versions": {"math-verify": "0.9.0", "sympy": "1.14.0"}}
+            "grade_seconds": 5.0, "max_corrections": 0, "seed": 0,
+            "versions": {"math-verify": "0.9.0", "sympy": "1.14.0"}}
 
 
 def row(correct: list[int], question: str = "q", run: int = 1, passed: int = 1, tokens: int = 10) -> Row:
@@ -49,13 +50,14 @@ def test_a_difference_of_pooled_rates_draws_the_same_problems_for_both():
     draws = difference_draws(*(measures(side, 4)["execution_pass_rate"] for side in rows))
     drawn = np.random.default_rng(0).integers(0, 7, size=(500, 7))
     for draw in range(20):
-        rates = [sum(sum(side[i].passed) for i in drawn[draw]) / sum(sum(side[i].run) for i in drawn[draw]) for side in rows]
+        rates = [sum(sum(side[i].passed) for i in drawn[draw]) / sum(sum(side[i].run) for i in drawn[draw])
+                 for side in rows]
         assert draws[draw] == pytest.approx(rates[1] - rates[0])
     assert len(draws) == 10_000
 
 
 def test_what_makes_a_problem_hard_for_both_cancels_out():
-    """B solves what A solves and a tenth more of each problem: the interval is a point, however hard problems differ."""
+    """B solves a tenth more of each problem than A: the interval is a point, however much problems differ."""
     first = (np.linspace(0, 0.9, 40), np.ones(40))
     found = difference(first, (first[0] + 0.1, np.ones(40)))
     assert [found[key] for key in ("low", "value", "high")] == pytest.approx([0.1] * 3)
@@ -74,10 +76,11 @@ def test_a_draw_without_code_is_left_out_of_the_interval():
 
 def test_won_lost_and_tied_problems_are_counted_over_the_common_ones():
     first = result({"w": row([0, 0, 0, 1]), "l": row([1, 1, 1, 1]), "t": row([1, 0, 1, 0]), "alone": row([1] * 4)})
-    second = result({"t": row([0, 1, 0, 1]), "w": row([1, 0, 0, 1]), "l": row([0, 1, 1, 1]), "x": row([1] * 4), "y": row([1] * 4)})
+    second = result({"t": row([0, 1, 0, 1]), "w": row([1, 0, 0, 1]), "l": row([0, 1, 1, 1]),
+                     "x": row([1] * 4), "y": row([1] * 4)})
     found = compare_pair(first, second, force=False)
-    assert outcome(found) == (1, 1, 1) and (found.only_first, found.only_second) == (1, 2)
-    assert "bench: 3 common problems; A has 1 more alone, B 2" in report([found])
+    assert outcome(found) == (1, 1, 1)
+    assert "bench: A is a.json, B is a.json; 3 common problems, A has 1 more alone, B 2" in report([found])
 
 
 def test_two_problems_of_one_id_and_different_questions_are_not_paired():
@@ -89,7 +92,8 @@ def test_two_problems_of_one_id_and_different_questions_are_not_paired():
 
 
 @pytest.mark.parametrize("name, value", [("samples", 16), ("temperature", 1.0), ("top_p", 0.9), ("top_k", 20),
-                                         ("max_response_tokens", 50), ("max_code_rounds", 0), ("max_thinking_tokens", 9),
+                                         ("max_response_tokens", 50), ("max_code_rounds", 0),
+                                         ("max_thinking_tokens", 9),
                                          ("cpu_seconds", 9.0), ("grade_seconds", 1.0), ("temperature", None)])
 def test_what_measures_must_agree_unless_forced_and_is_listed(name, value):
     first, second = result({"a": row([1])}), result({"a": row([0])}, "b.json", **{name: value})
@@ -117,6 +121,15 @@ def test_settings_that_neither_file_records_are_named():
     assert "not recorded in either, so not checked: temperature" in report([compare_pair(*sides, force=False)])
 
 
+def test_a_note_is_printed_once_and_says_where_if_not_everywhere():
+    pair = [compare_pair(result({name: row([1], name)}, benchmark=name),
+                         result({name: row([0], name)}, model="m", seed=seed, benchmark=name), force=False)
+            for name, seed in (("x", 0), ("y", 0), ("z", 1))]
+    assert report(pair[:2]).count("what is compared: model runs/a/latest, m\n") == 1
+    text = report(pair)
+    assert "model runs/a/latest, m (in x, y)\n" in text and "model runs/a/latest, m; seed 0, 1 (in z)\n" in text
+
+
 def test_forced_results_of_different_k_compare_each_with_its_own_samples():
     found = compare_pair(result({"a": row([1, 0])}), result({"a": row([1, 1, 1, 0])}, samples=4), force=True)
     assert outcome(found) == (1, 0, 0)
@@ -126,7 +139,7 @@ def test_forced_results_of_different_k_compare_each_with_its_own_samples():
 def test_the_mean_of_benchmarks_weighs_them_alike_and_draws_them_independently():
     sides = [[replace(r, question=f"{bench}{r.question}") for r in random_rows(seed, n)]
              for bench, n in (("x", 40), ("y", 10)) for seed in (1, 2)]
-    found = [compare_pair(*(result({r.question: r for r in side}, benchmark=name) for side in sides[at:at + 2]), force=False)
+    found = [compare_pair(*(result({r.question: r for r in side}, benchmark=name) for side in sides[at:at + 2]), False)
              for name, at in (("x", 0), ("y", 2))]
     each = [difference(*(measures(side, 4)["avg@4"] for side in (c.first, c.second))) for c in found]
     mean = mean_difference(found)
@@ -142,8 +155,9 @@ def test_pairs_that_share_problems_have_no_mean():
     assert mean_difference([pair, pair]) is None and "mean of" not in report([pair, pair])
 
 
-@pytest.mark.parametrize("low, value, high, words", [(-0.1, 0.1, 0.3, "do not tell A and B apart"), (0.0, 0.1, 0.2, "do not tell"),
-                                                     (0.1, 0.2, 0.3, "B is better"), (-0.3, -0.2, -0.1, "A is better")])
+@pytest.mark.parametrize("low, value, high, words", [
+    (-0.1, 0.1, 0.3, "do not tell A and B apart"), (0.0, 0.1, 0.2, "do not tell A and B apart"),
+    (0.1, 0.2, 0.3, "B is better"), (-0.3, -0.2, -0.1, "A is better")])
 def test_the_verdict_follows_from_the_interval(low, value, high, words):
     assert words in verdict({"low": low, "value": value, "high": high})
 
@@ -166,12 +180,14 @@ def test_directories_are_paired_by_file_name(tmp_path):
         for name in names:
             (tmp_path / folder / f"{name}.json").write_text("")
             (tmp_path / folder / f"{name}.responses.jsonl.settings.json").write_text("")
-    assert pairs([tmp_path / "A", tmp_path / "B"]) == [(tmp_path / "A" / f"{n}.json", tmp_path / "B" / f"{n}.json") for n in "yz"]
+    first, second = tmp_path / "A", tmp_path / "B"
+    assert pairs([first, second]) == [(first / f"{name}.json", second / f"{name}.json") for name in "yz"]
 
 
 def test_the_command_compares_pairs_and_draws_them(tmp_path, capsys):
-    files = [write(tmp_path / f"{side}{bench}.json", {f"{bench}{r.question}": replace(r, question=f"{bench}{r.question}")
-                                                      for r in random_rows(seed)}, benchmark=bench)
+    files = [write(tmp_path / f"{side}{bench}.json", {
+                 f"{bench}{r.question}": replace(r, question=f"{bench}{r.question}") for r in random_rows(seed)},
+                   benchmark=bench)
              for bench in ("math", "aime") for seed, side in enumerate("ab")]
     picture = tmp_path / "forest.png"
     config.run(evaluate.main, EvaluateOptions, "", ["--compare", *files, "--out", str(picture)])
@@ -205,7 +221,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, messag
     good = {"a": row([1, 0])}
     whole = json.loads(to_text(SETTINGS, {}, good))
     (tmp_path / "E").mkdir()
-    newer = whole | {"per_problem": {"a": {k: v for k, v in whole["per_problem"]["a"].items() if k != "tokens_generated"}}}
+    part = {name: value for name, value in whole["per_problem"]["a"].items() if name != "tokens_generated"}
+    newer = whole | {"per_problem": {"a": part}}
     texts = {"GOOD": whole, "LIST": [1], "OLD": {k: whole[k] for k in ("settings", "metrics")}, "NEWER": newer}
     places = {name: str(tmp_path / f"{name}.json") for name in [*texts, "TEXT", "UNEVEN", "K16", "HOT", "OTHER"]}
     for name, record in texts.items():

@@ -73,14 +73,16 @@ def test_the_pass_rate_is_that_of_the_sample_that_best_of_chooses(groups, result
         passed = [run.passed for run in trajectory.executions]
         return sum(passed) / len(passed) if passed else 0.0
 
-    expected = np.mean([np.mean([rate(group[i]) for i in slow_best_of(group, classes, 3)]) for group, classes in groups])
+    expected = np.mean([np.mean([rate(group[i]) for i in slow_best_of(group, classes, 3)])
+                        for group, classes in groups])
     assert best_of_n(result, [3])[0].pass_rate["value"] == pytest.approx(expected)
 
 
 def test_one_sample_leaves_nothing_to_choose_and_all_of_them_are_the_evaluations_own_numbers(groups, result):
     points = best_of_n(result)
     accuracy = np.mean([t.correct for group, _ in groups for t in group])
-    assert [points[0].majority["value"], points[0].best_of["value"], points[0].oracle["value"]] == pytest.approx([accuracy] * 3)
+    first = points[0]
+    assert [m["value"] for m in (first.majority, first.best_of, first.oracle)] == pytest.approx([accuracy] * 3)
     chosen = [group[evaluate.best_of(group, classes)].correct for group, classes in groups]
     assert points[-1].best_of["value"] == pytest.approx(np.mean(chosen)) and len(points) == 6
 
@@ -93,7 +95,8 @@ def test_many_subsets_are_drawn_once_with_a_seed_and_few_are_all_there():
 
 def test_majority_over_many_samples_is_that_of_the_evaluation():
     group, classes = random_group(random.Random(8), 16)
-    assert curves.majority(row_of(group, classes), subsets(16, 9)) == pytest.approx(evaluate.majority_at_k(group, classes, 9))
+    found = curves.majority(row_of(group, classes), subsets(16, 9))
+    assert found == pytest.approx(evaluate.majority_at_k(group, classes, 9))
 
 
 def test_answers_without_classes_have_no_majority():
@@ -102,15 +105,20 @@ def test_answers_without_classes_have_no_majority():
     assert point.majority is None and point.best_of["value"] == 1.0 and "–" in curves.best_of_n_table([point])
 
 
-def corrected(number: int | None, correct: list[int], tokens: int, passed: int = 1, question: str = "q", **settings: float) -> Result:
-    row = Row(question, correct, [0] * len(correct), [2] * len(correct), [passed] * len(correct), [tokens] * len(correct))
-    return Result(Path(f"{number}.json"), {"max_corrections": number, "model": "m", "temperature": 1.0} | settings, {"q": row})
+def corrected(number: int | None, correct: list[int], tokens: int, passed: int = 1, question: str = "q",
+              **settings: float | str) -> Result:
+    n = len(correct)
+    row = Row(question, correct, [0] * n, [2] * n, [passed] * n, [tokens] * n)
+    known = {"max_corrections": number, "model": "m", "temperature": 1.0}
+    return Result(Path(f"{number}.json"), known | settings, {"q": row})
 
 
 def test_what_retries_cost_and_buy_is_paired_with_the_first_point_in_rising_order():
-    points = corrections([corrected(4, [1, 1, 1, 0], 15, 2), corrected(0, [0, 1, 0, 0], 10), corrected(2, [0, 1, 1, 0], 12)])
+    points = corrections([corrected(4, [1, 1, 1, 0], 15, 2), corrected(0, [0, 1, 0, 0], 10),
+                          corrected(2, [0, 1, 1, 0], 12)])
     assert [p.corrections for p in points] == [0, 2, 4]
-    assert [p.gain["value"] for p in points] == [0.0, 0.25, 0.5] and [p.extra_tokens["value"] for p in points] == [0, 2, 5]
+    assert [p.gain["value"] for p in points] == [0.0, 0.25, 0.5]
+    assert [p.extra_tokens["value"] for p in points] == [0, 2, 5]
     assert [p.pass_rate["value"] for p in points] == [0.5, 0.5, 1.0]
     sentence = cost_and_gain(points[0], points[-1])
     assert "cost +5.0 tokens a response (+50.0%) and buy +50.0 points" in sentence and "from 0.500 to 1.000" in sentence
@@ -126,22 +134,26 @@ def call(*arguments: str) -> None:
 
 
 def test_curves_of_several_models_are_drawn_side_by_side(tmp_path, result, capsys):
-    files = [write(tmp_path / f"{n}.json", Result(Path(), result.settings | {"model": f"runs/{n}/latest"}, result.rows)) for n in "ab"]
+    files = [write(tmp_path / f"{n}.json", Result(Path(), result.settings | {"model": f"runs/{n}/latest"}, result.rows))
+             for n in "ab"]
     call("--curve", "samples", "--results", *files, "--out", tmp_path)
     assert "### a\n" in capsys.readouterr().out and (tmp_path / "curve-samples.md").read_text().count("| 6 |") == 2
-    files = [write(tmp_path / f"{n}{model}.json", corrected(n, [n > 0, 1], 10 + n, model=model)) for n in (0, 1) for model in "cd"]
+    files = [write(tmp_path / f"{n}{model}.json", corrected(n, [n > 0, 1], 10 + n, model=model))
+             for n in (0, 1) for model in "cd"]
     call("--curve", "corrections", "--results", *files, "--out", tmp_path)
     assert (tmp_path / "curve-corrections.md").read_text().count("and buy +50.0 points") == 2
-    widths = [struct.unpack(">I", (tmp_path / f"curve-{name}.png").read_bytes()[16:20])[0] for name in ("samples", "corrections")]
-    assert min(widths) > 700
+    for name in ("samples", "corrections"):
+        assert struct.unpack(">I", (tmp_path / f"curve-{name}.png").read_bytes()[16:20])[0] > 700  # pixels wide
 
 
 def test_the_script_evaluates_each_number_of_retries_and_does_nothing_twice(tiny_directory, tmp_path, capsys):
     problems = tmp_path / "p.jsonl"
-    problems.write_text("".join(json.dumps({"id": f"{n}", "question": f"{n}+1", "answer": str(n + 1)}) + "\n" for n in range(4)))
+    lines = [{"id": f"{n}", "question": f"{n}+1", "answer": str(n + 1)} for n in range(4)]
+    problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = tmp_path / "out"
-    arguments = ["--model", tiny_directory, "--benchmark", problems, "--out", out, "--style", "base", "--instruction", "",
-                 "--samples", "2", "--max_response_tokens", "100", "--temperature", "1.0", "--suffix_tokens", "6"]
+    arguments = ["--model", tiny_directory, "--benchmark", problems, "--out", out, "--style", "base",
+                 "--instruction", "", "--samples", "2", "--max_response_tokens", "100", "--temperature", "1.0",
+                 "--suffix_tokens", "6"]
     call("--curve", "corrections", "--max_corrections", "1", *arguments)
     table = (out / "curve-corrections.md").read_text()
     settings = [json.loads((out / f"corrections-{n}.json").read_text())["settings"]["max_corrections"] for n in (0, 1)]
@@ -149,7 +161,8 @@ def test_the_script_evaluates_each_number_of_retries_and_does_nothing_twice(tiny
     before = (out / "corrections-0.responses.jsonl").read_bytes()
     capsys.readouterr()
     call("--curve", "corrections", "--max_corrections", "1", *arguments)
-    assert capsys.readouterr().out.count("nothing left to do") == 2 and (out / "curve-corrections.md").read_text() == table
+    assert capsys.readouterr().out.count("nothing left to do") == 2
+    assert (out / "curve-corrections.md").read_text() == table
     assert (out / "corrections-0.responses.jsonl").read_bytes() == before
 
 
@@ -162,13 +175,16 @@ def test_the_script_evaluates_each_number_of_retries_and_does_nothing_twice(tiny
     (["--curve", "samples", "--out", "DIR", "--results", "none.json"], "does not exist"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO"], "needs two results or more"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "ZERO"], "needs two results or more"),
-    (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "HOT"], "differ in more than max_corrections: temperature 1.0, 0.6"),
-    (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "SEED"], "differ in more than max_corrections: seed"),
+    (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "HOT"],
+     "differ in more than max_corrections: temperature 1.0, 0.6"),
+    (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "SEED"],
+     "differ in more than max_corrections: seed"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "OTHER"], "has other problems than"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "UNKNOWN"], "does not say its max_corrections"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, message, capsys):
-    made = {"ZERO": corrected(0, [1], 1), "HOT": corrected(1, [1], 1, temperature=0.6), "SEED": corrected(1, [1], 1, seed=3),
+    made = {"ZERO": corrected(0, [1], 1), "HOT": corrected(1, [1], 1, temperature=0.6),
+            "SEED": corrected(1, [1], 1, seed=3),
             "OTHER": corrected(1, [1], 1, question="x"), "UNKNOWN": corrected(None, [1], 1)}
     places = {name: write(tmp_path / f"{name}.json", result) for name, result in made.items()}
     with pytest.raises(SystemExit) as ended:

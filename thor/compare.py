@@ -21,7 +21,7 @@ MEASURED = ("samples", "temperature", "top_p", "top_k", "max_response_tokens", "
             "cpu_seconds", "grade_seconds", "test_seconds")
 GRADERS = ("math-verify", "sympy")
 
-Shares = tuple[np.ndarray, np.ndarray]  # numerators and denominators of a mean or a pooled rate, float [P] problems each
+Shares = tuple[np.ndarray, np.ndarray]  # numerators and denominators of a mean or a pooled rate, float [P] each
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Comparison:
     files: str                # another name for it, if several pairs are of one benchmark
     first: list[Row]          # A's and B's rows of the common problems, in the same order
     second: list[Row]
-    only_first: int           # problems that one of them has alone
-    only_second: int
+    where: str                # the files, and how many problems they share
     notes: list[str]          # what differs, in words
 
 
@@ -42,7 +41,7 @@ def compare(paths: Sequence[str], force: bool, picture: str | None) -> None:
     if picture is not None and not (picture.endswith(".png") and Path(picture).parent.is_dir()):
         raise ValueError(f"--out is {picture}; with --compare it is a picture, NAME.png in a directory that exists")
     found = [compare_pair(read_result(one), read_result(other), force) for one, other in pairs(list(map(Path, paths)))]
-    if len({comparison.name for comparison in found}) < len(found):  # one benchmark, several runs: called by their files
+    if len({comparison.name for comparison in found}) < len(found):  # of one benchmark: called by their files
         found = [replace(comparison, name=comparison.files) for comparison in found]
     print(report(found))
     if picture is not None:
@@ -60,7 +59,8 @@ def pairs(paths: list[Path]) -> list[tuple[Path, Path]]:
                              "B/math-500.json")
         return [(paths[0] / name, paths[1] / name) for name in sorted(one & other)]
     if len(paths) < 2 or len(paths) % 2 or any(path.is_dir() for path in paths):
-        raise ValueError(f"--compare takes A.json B.json, several such pairs, or two directories; got {' '.join(map(str, paths))}")
+        raise ValueError("--compare takes A.json B.json, several such pairs, or two directories; got "
+                         + " ".join(map(str, paths)))
     return list(zip(paths[::2], paths[1::2], strict=True))
 
 
@@ -70,19 +70,21 @@ def compare_pair(first: Result, second: Result, force: bool) -> Comparison:
     if measured and not force:
         raise ValueError(f"{first.path} and {second.path} were measured differently ({'; '.join(measured)}); --force "
                          "compares them all the same")
-    names = [name for name in first.rows if name in second.rows and first.rows[name].question == second.rows[name].question]
+    both = [name for name in first.rows if name in second.rows]
+    names = [name for name in both if first.rows[name].question == second.rows[name].question]
     if not names:
         raise ValueError(f"{first.path} and {second.path} have no problem in common")
-    notes = [f"A is {first.path}, B is {second.path}"]
-    notes += [f"measured differently, compared by force: {'; '.join(measured)}"] * bool(measured)
+    notes = [f"measured differently, compared by force: {'; '.join(measured)}"] * bool(measured)
     notes += [f"not recorded in either, so not checked: {', '.join(unknown)}"] * bool(unknown)
-    notes += [f"what is compared: {'; '.join(compared)}" for compared in [differing(first, second, COMPARED)] if compared]
-    renamed = sum(name in second.rows for name in first.rows) - len(names)
-    notes += [f"{renamed} problems have the id of another question in the other file, and are not compared"] * bool(renamed)
+    compared, renamed = differing(first, second, COMPARED), len(both) - len(names)
+    notes += [f"what is compared: {'; '.join(compared)}"] * bool(compared)
+    notes += [f"{renamed} problems have the id of another question in the other file: not compared"] * bool(renamed)
     files = f"{first.path.stem} → {second.path.stem}"
+    alone = f"A has {len(first.rows) - len(names)} more alone, B {len(second.rows) - len(names)}"
+    where = f"A is {first.path}, B is {second.path}; {len(names)} common problems, {alone}"
     return Comparison(first.benchmark if first.benchmark == second.benchmark else files, files,
                       [first.rows[name] for name in names], [second.rows[name] for name in names],
-                      len(first.rows) - len(names), len(second.rows) - len(names), notes)
+                      where, notes)
 
 
 def disagreements(first: Result, second: Result) -> tuple[list[str], list[str]]:
@@ -184,11 +186,11 @@ def verdict(metric: dict[str, float | None]) -> str:
 
 def report(comparisons: list[Comparison]) -> str:
     """Everything in words and Markdown tables."""
-    lines = []
-    for comparison in comparisons:
-        lines += [*comparison.notes, f"{comparison.name}: {len(comparison.first)} common problems; A has {comparison.only_first} "
-                  f"more alone, B {comparison.only_second}", ""]
-    lines += ["| benchmark | problems | A | B | B − A in points | won, lost, tied |", "| --- " * 6 + "|"]
+    lines = [f"{comparison.name}: {comparison.where}" for comparison in comparisons]
+    for note in dict.fromkeys(note for comparison in comparisons for note in comparison.notes):
+        names = [comparison.name for comparison in comparisons if note in comparison.notes]
+        lines.append(note if len(names) == len(comparisons) else f"{note} (in {', '.join(names)})")
+    lines += ["", "| benchmark | problems | A | B | B − A in points | won, lost, tied |", "| --- " * 6 + "|"]
     for comparison in comparisons:
         first, second = accuracies(comparison)
         lines.append(f"| {comparison.name} | {len(comparison.first)} | {ratio(first):.3f} | {ratio(second):.3f} | "
@@ -197,8 +199,8 @@ def report(comparisons: list[Comparison]) -> str:
     if len(comparisons) == 1:
         lines += ["", details(comparisons[0])]
     elif overall is not None:
-        lines.append(f"| mean of the benchmarks | | {mean_accuracy(comparisons, 0)} | {mean_accuracy(comparisons, 1)} | "
-                     f"{points(overall)} | |")
+        means = " | ".join(mean_accuracy(comparisons, side) for side in (0, 1))
+        lines.append(f"| mean of the benchmarks | | {means} | {points(overall)} | |")
     return "\n".join(lines if overall is None else [*lines, "", verdict(overall)])
 
 
@@ -236,8 +238,8 @@ def plot_forest(comparisons: list[Comparison], out: Path) -> None:
         whole = not counts  # the mean is a diamond
         axis.errorbar(value, height, xerr=[[value - low], [high - value]], fmt="D" if whole else "o",
                       color="black" if whole else "tab:blue", capsize=3)
-        axis.annotate(f"{points(metric)}\n{counts}".strip(), (1.02, height), xycoords=("axes fraction", "data"), va="center",
-                      fontsize=8)
+        axis.annotate(f"{points(metric)}\n{counts}".strip(), (1.02, height), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=8)
     axis.axvline(0, color="grey", lw=1)
     axis.set_yticks(range(len(rows), 0, -1), [label for label, _, _ in rows])
     axis.set_ylim(0.4, len(rows) + 0.6)

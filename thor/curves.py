@@ -30,7 +30,7 @@ Metric = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class BestOfN:
-    """One point: choosing among n samples. Metrics are {value, low, high}; `majority` is None where answers have no classes."""
+    """One point: choosing among n samples, as {value, low, high}; no `majority` where answers have no classes."""
 
     n: int
     tokens: Metric            # generated a problem, all n samples
@@ -63,7 +63,7 @@ def subsets(samples: int, n: int) -> np.ndarray:
 
 
 def class_sizes(row: Row, mask_SN: np.ndarray) -> np.ndarray:
-    """For each subset and sample, how many of the subset share the sample's answer, int [S, N]; no box shares nothing."""
+    """For each subset and sample, how many of the subset share its answer, int [S, N]; no box shares nothing."""
     classes_N = np.array([-1 if c is None else c for c in row.classes or [None] * row.samples])
     same_NN = (classes_N[:, None] == classes_N) & (classes_N >= 0)
     return mask_SN.astype(int) @ same_NN.astype(int)
@@ -75,7 +75,7 @@ def first_best(mask_SN: np.ndarray, scores_SN: np.ndarray) -> np.ndarray:
 
 
 def majority(row: Row, mask_SN: np.ndarray) -> float:
-    """Share of the subsets whose largest class is right; ties: the class with the lowest sample; no box at all is wrong."""
+    """Share of the subsets whose largest class is right; ties: the class with the lowest sample; no box is wrong."""
     return float(np.array(row.correct)[first_best(mask_SN, class_sizes(row, mask_SN))].mean())
 
 
@@ -85,7 +85,7 @@ def pass_rates(row: Row) -> np.ndarray:
 
 
 def best_of(row: Row, mask_SN: np.ndarray) -> np.ndarray:
-    """The sample chosen from each subset, int [S]: highest pass rate, then the largest class, then the lowest sample."""
+    """The sample chosen from each subset, int [S]: highest pass rate, then the largest class, then the lowest one."""
     _, ranks_N = np.unique(pass_rates(row), return_inverse=True)
     return first_best(mask_SN, ranks_N * (row.samples + 1) + class_sizes(row, mask_SN))
 
@@ -115,9 +115,11 @@ def corrections(results: Sequence[Result]) -> list[Corrected]:
                          f"max_corrections; got {', '.join(str(result.path) for result in ordered)}")
     base = ordered[0].rows
     for result in ordered:
-        if {name: row.question for name, row in result.rows.items()} != {name: row.question for name, row in base.items()}:
+        questions, others = ({name: row.question for name, row in rows.items()} for rows in (base, result.rows))
+        if questions != others:
             raise ValueError(f"{result.path} has other problems than {ordered[0].path}; a curve needs the same ones")
-    return [_corrected(retries(result), [result.rows[name] for name in base], list(base.values())) for result in ordered]
+    return [_corrected(retries(result), [result.rows[name] for name in base], list(base.values()))
+            for result in ordered]
 
 
 def retries(result: Result) -> int:
@@ -144,7 +146,8 @@ def _corrected(number: int, rows: list[Row], base: list[Row]) -> Corrected:
 
 def best_of_n_table(points: list[BestOfN]) -> str:
     """The curve as Markdown."""
-    lines = ["| N | tokens a problem | majority | best_of | oracle | pass rate of best_of's choice |", "| --- " * 6 + "|"]
+    lines = ["| N | tokens a problem | majority | best_of | oracle | pass rate of best_of's choice |",
+             "| --- " * 6 + "|"]
     lines += [f"| {p.n} | {p.tokens['value']:.0f} | {cell(p.majority) if p.majority else '–'} | {cell(p.best_of)} | "
               f"{cell(p.oracle)} | {cell(p.pass_rate)} |" for p in points]
     return "\n".join(lines)
@@ -154,9 +157,10 @@ def corrections_table(points: list[Corrected]) -> str:
     """The curve as Markdown, and in a sentence what self-correction costs and what it buys."""
     lines = ["| N_corr | tokens a response | accuracy | execution pass rate | extra tokens | gain in accuracy |",
              "| --- " * 6 + "|"]
-    lines += [f"| {p.corrections} | {p.tokens['value']:.1f} | {cell(p.accuracy)} | {cell(p.pass_rate)} | "
-              f"{p.extra_tokens['value']:.1f} [{p.extra_tokens['low']:.1f}, {p.extra_tokens['high']:.1f}] | {cell(p.gain)} |"
-              for p in points]
+    for p in points:
+        value, low, high = (p.extra_tokens[key] for key in ("value", "low", "high"))
+        lines.append(f"| {p.corrections} | {p.tokens['value']:.1f} | {cell(p.accuracy)} | {cell(p.pass_rate)} | "
+                     f"{value:.1f} [{low:.1f}, {high:.1f}] | {cell(p.gain)} |")
     return "\n".join(lines) + "\n\n" + cost_and_gain(points[0], points[-1])
 
 
@@ -165,9 +169,9 @@ def cost_and_gain(first: Corrected, last: Corrected) -> str:
     low, gain, high = (100 * last.gain[key] for key in ("low", "value", "high"))
     rates = "" if None in (first.pass_rate["value"], last.pass_rate["value"]) else (
         f"; the execution pass rate goes from {first.pass_rate['value']:.3f} to {last.pass_rate['value']:.3f}")
-    return (f"{last.corrections} retries instead of {first.corrections} cost {last.extra_tokens['value']:+.1f} tokens a response "
-            f"({last.extra_tokens['value'] / first.tokens['value']:+.1%}) and buy {gain:+.1f} points of accuracy "
-            f"[{low:.1f}, {high:.1f}]{rates}.")
+    return (f"{last.corrections} retries instead of {first.corrections} cost {last.extra_tokens['value']:+.1f} tokens "
+            f"a response ({last.extra_tokens['value'] / first.tokens['value']:+.1%}) and buy {gain:+.1f} points of "
+            f"accuracy [{low:.1f}, {high:.1f}]{rates}.")
 
 
 def plot_best_of_n(curves: dict[str, list[BestOfN]], out: Path) -> None:
@@ -177,7 +181,8 @@ def plot_best_of_n(curves: dict[str, list[BestOfN]], out: Path) -> None:
         tokens = [point.tokens["value"] for point in points]
         for label in ("oracle", "best_of", "majority"):
             _draw(axis, tokens, [getattr(point, label) for point in points], label)
-        axis.plot(tokens, [point.pass_rate["value"] for point in points], "k--", lw=1, label="pass rate of best_of's choice")
+        axis.plot(tokens, [point.pass_rate["value"] for point in points], "k--", lw=1,
+                  label="pass rate of best_of's choice")
         axis.set_xscale("log", base=2)
         for point in points:
             if point.n & (point.n - 1) == 0:

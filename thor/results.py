@@ -21,7 +21,7 @@ class Row:
 
     question: str                    # 12 hexadecimal digits of the SHA-256 of its text
     correct: list[int]               # 1 or 0
-    classes: list[int | None] | None  # the first sample with an equivalent answer, None without a box; no list: no answers
+    classes: list[int | None] | None  # the first sample with an equivalent answer, None without a box; or no list
     run: list[int]                   # code blocks that ran and were kept
     passed: list[int]                # those of them that passed
     tokens_generated: list[int]      # dropped attempts included
@@ -86,8 +86,8 @@ def read_result(path: Path) -> Result:
     if not isinstance(record, dict) or not {"settings", "metrics"} <= record.keys():
         raise ValueError(f"{path} has no settings and metrics; it must be a file that evaluate.py wrote with --out")
     if not record.get("per_problem"):
-        raise ValueError(f"{path} has no results problem by problem: an older evaluate.py wrote it; grade its responses "
-                         "once more (evaluate.py --responses FILE --out FILE.json)")
+        raise ValueError(f"{path} has no results problem by problem: an older evaluate.py wrote it; grade its "
+                         "responses once more (evaluate.py --responses FILE --out FILE.json)")
     return Result(path, record["settings"], _rows(path, record["per_problem"]))
 
 
