@@ -23,6 +23,10 @@ LAYERS = {
     "sandbox_server": {"isolation", "sandbox_child", "sandbox_warm"},  # the warm parent that forks: nothing else of ours gets into what it forks
     "cache": {"model"},  # for ModelConfig
     "attention": {"cache", "model"},  # of the latter, types
+    "kernels": set(),
+    "paged": {"model"},  # for ModelConfig
+    "paged_attention": {"attention", "kernels", "model", "paged"},
+    "decode_step": {"kernels", "model", "paged", "paged_attention", "sampling"},
     "sandbox_http": {"trajectory"},
     "sandbox_log": {"trajectory"},
     "sandbox": {"sandbox_child", "sandbox_http", "sandbox_log", "trajectory"},  # for Limits and Execution
@@ -47,6 +51,7 @@ LAYERS = {
     "parallel": {"model", "weights"},
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},
+    "paged_engine": {"attention", "decode_step", "engine", "model", "paged", "paged_attention", "sampling"},
     "clients": {"engine", "sampling", "template", "weights"},
     "critic": {"clients", "sampling"},
     "gsm": {"critic"},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from thor.sampling import TOP_P_SHORTLIST, Sampling, filtered_logprobs, noise_key, sample_tokens, uniform
+from thor.sampling import TOP_P_SHORTLIST, Sampling, draw, filtered_logprobs, noise_key, sample_tokens, uniform
 
 ALL_SETTINGS = [Sampling(), Sampling(0.6), Sampling(2.0, top_k=5), Sampling(1.0, top_p=0.9), Sampling(0.7, 20, 0.8),
                 Sampling(1.3, 1), Sampling(1.0, 0, 1e-6), Sampling(1.0, 1000, 0.999)]
@@ -125,3 +125,27 @@ def test_noise_is_uniform():
 def test_settings_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Sampling(*arguments)
+
+
+@pytest.mark.parametrize("vocab_size, spread", [(60, 2.0), (128, 2.0), (1000, 8.0), (2048, 0.1)])
+def test_the_draw_in_blocks_is_the_plain_one_each_row_at_its_own_temperature(vocab_size, spread):
+    temperatures = [0.0, 0.6, 1.0, 2.0]
+    logits = some_logits(500, vocab_size, spread)
+    noise = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise[:3] = torch.tensor([0.0, 1 - 2.0**-53, 0.5])
+    tokens, logprobs = draw(logits, noise, torch.tensor(temperatures, dtype=torch.float64).repeat(125))
+    for i, temperature in enumerate(temperatures):
+        expected = sample_tokens(logits[i::4], noise[i::4].tolist(), Sampling(temperature))
+        assert torch.equal(tokens[i::4], expected[0])
+        torch.testing.assert_close(logprobs[i::4], expected[1], atol=1e-5, rtol=0)
+
+
+def test_the_draw_in_blocks_never_takes_what_cannot_be_drawn():
+    logits = torch.full((4, 300), -torch.inf)
+    logits[:, [5, 200]] = 0.0
+    noise = torch.tensor([0.0, 0.4999, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+    tokens, logprobs = draw(logits, noise, torch.ones(4, dtype=torch.float64))
+    assert tokens.tolist() == [5, 5, 200, 200]
+    assert logprobs.tolist() == pytest.approx([math.log(0.5)] * 4)
+    tokens, logprobs = draw(torch.full((1, 300), torch.nan), noise[:1], torch.ones(1, dtype=torch.float64))
+    assert 0 <= tokens.item() < 300 and logprobs.isnan().all()  # the device must not read past the embedding

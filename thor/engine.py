@@ -49,7 +49,10 @@ class Sequence:
 
 @dataclass
 class Counts:
-    """What the engine did, in tokens unless the name says otherwise; `seconds` of its steps, by the clock."""
+    """What the engine did, in tokens unless the name says otherwise; `seconds` of its steps, by the clock.
+
+    `discarded` tokens were sampled for a sequence that had stopped one step earlier; only `PagedEngine` has any.
+    """
 
     steps: int = 0
     seconds: float = 0.0
@@ -58,10 +61,11 @@ class Counts:
     copied: int = 0
     evictions: int = 0
     evicted: int = 0
+    discarded: int = 0
 
 
-@dataclass
-class _Request:
+@dataclass(eq=False)
+class Request:
     """A coroutine that waits until its sequence has `limit` tokens, an EOS, or `stop(token)` says so."""
 
     sequence: Sequence
@@ -89,14 +93,17 @@ class Engine:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; a step must feed a sequence 1 token or more")
         weight = model.head_weight
         self.model, self.eos_ids, self.max_tokens = model, frozenset(eos_ids), max_tokens
-        self.cache = KVCache(model.config, num_slots, max_tokens, weight.dtype, weight.device)
         self.device, self.exact, self.chunk_tokens = weight.device, exact, chunk_tokens
+        self.cache = self._make_cache(num_slots)
         self.counts = Counts()
-        self._requests: list[_Request] = []
+        self._requests: list[Request] = []
         self._holders: list[Sequence] = []  # sequences with a slot, least recently used first
         self._driver: asyncio.Task | None = None
         self.max_wait = max_wait
         self._submitted, self._waited_for = 0, -1  # requests so far, and how many there were at a wait for nothing
+
+    def _make_cache(self, num_slots: int) -> KVCache:
+        return KVCache(self.model.config, num_slots, self.max_tokens, self.model.head_weight.dtype, self.device)
 
     def new(self, ids: list[int], key: bytes) -> Sequence:
         """A sequence that starts with `ids` (at least one, at most `max_tokens`) and draws its noise from `key`."""
@@ -171,7 +178,7 @@ class Engine:
         assert sequence.idle, "two coroutines sample one sequence"
         sequence.waiting = future = asyncio.get_running_loop().create_future()
         sequence.cached = min(sequence.cached, len(sequence.ids) - 1)  # after a truncation: the last token is fed again
-        self._requests.append(_Request(sequence, sampling, limit, stop, future))
+        self._requests.append(Request(sequence, sampling, limit, stop, future))
         self._submitted += 1
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
@@ -224,11 +231,11 @@ class Engine:
         self.counts.steps += 1
         self.counts.seconds += time.perf_counter() - started
 
-    def _to_feed(self, request: _Request) -> int:
+    def _to_feed(self, request: Request) -> int:
         """Unseen tokens, less the last one when no token is wanted after them (a prefill)."""
         return request.unseen - (request.limit == len(request.sequence.ids))
 
-    def _forward(self, batch: list[_Request], fed: list[int]) -> Tensor:
+    def _forward(self, batch: list[Request], fed: list[int]) -> Tensor:
         """Hidden states of the fed tokens in order of the batch (which is order of slot), padding rows at the end."""
         rows, ids = [], []
         for request, count in zip(batch, fed, strict=True):
@@ -239,28 +246,32 @@ class Engine:
         self.counts.fed += len(ids)
         return feed(self.model, self.cache, rows, ids, self.exact)
 
-    def _sample(self, hidden: Tensor, requests: list[_Request]) -> None:
+    def _sample(self, hidden: Tensor, requests: list[Request]) -> None:
         """Draw one token for each request from its last hidden state, and finish those that are done."""
         noise = [uniform(request.sequence.key, len(request.sequence.ids)) for request in requests]
         tokens, logprobs = sample_tokens(head(self.model, hidden, self.exact), noise, requests[0].sampling)
         self.counts.sampled += len(requests)
         for request, token, logprob in zip(requests, tokens.tolist(), logprobs.tolist(), strict=True):
-            if not math.isfinite(logprob):
-                raise ValueError(f"the model's logits are not finite after {len(request.sequence.ids)} tokens")
-            request.sequence.ids.append(token)
-            request.sequence.logprobs.append(logprob)
-            stopped = request.stop is not None and request.stop(token)
-            if token in self.eos_ids:
-                self._finish(request, "eos")
-            elif stopped:
-                self._finish(request, "stop")
+            self._extend(request, token, logprob)
 
-    def _finish(self, request: _Request, reason: str) -> None:
+    def _extend(self, request: Request, token: int, logprob: float) -> None:
+        """Add a sampled token, and finish the request if that was its last one; the limit is the caller's to check."""
+        if not math.isfinite(logprob):
+            raise ValueError(f"the model's logits are not finite after {len(request.sequence.ids)} tokens")
+        request.sequence.ids.append(token)
+        request.sequence.logprobs.append(logprob)
+        stopped = request.stop is not None and request.stop(token)
+        if token in self.eos_ids:
+            self._finish(request, "eos")
+        elif stopped:
+            self._finish(request, "stop")
+
+    def _finish(self, request: Request, reason: str) -> None:
         if not request.future.done():
             request.future.set_result(reason)
         self._requests = [other for other in self._requests if other is not request]
 
-    def _admit(self) -> list[_Request]:
+    def _admit(self) -> list[Request]:
         """Requests whose sequence has a slot, first come first served, in order of slot."""
         waiting = {id(request.sequence) for request in self._requests}
         for request in self._requests:
@@ -271,7 +282,7 @@ class Engine:
 
     def _take_slot(self, sequence: Sequence, waiting: set[int]) -> bool:
         """Give `sequence` a slot, evicting the least recently used idle one if need be, and its family's prefix."""
-        donor, shared = _closest_relative(sequence)
+        donor, shared = closest_relative(sequence)
         slot = self.cache.take()
         if slot is None:
             idle = [other for other in self._holders if id(other) not in waiting]
@@ -298,11 +309,11 @@ class Engine:
             sequence.slot, sequence.cached = None, 0
 
 
-def _closest_relative(sequence: Sequence) -> tuple[Sequence | None, int]:
+def closest_relative(sequence: Sequence) -> tuple[Sequence | None, int]:
     """The family member whose cache holds most of this sequence's tokens, and how many (one is left to feed)."""
     best, most = None, 0
     for other in sequence.family:
-        if other.slot is None:
+        if other.slot is None or min(other.cached, len(sequence.ids) - 1) <= most:
             continue
         shared = min(_common_prefix(other.ids, sequence.ids), other.cached, len(sequence.ids) - 1)
         if shared > most:

@@ -7,6 +7,7 @@ Parameters carry the checkpoint's names, so `state_dict()` is the Hugging Face f
 T packed tokens · E hidden size · F feed-forward size · H query heads · K key/value heads · D head dim · V vocabulary
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,6 +188,7 @@ def rope_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) ->
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+@functools.cache  # computed on the host, and a copy from there would wait for the device at every step
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Radians per position of each dimension pair, float32 [D/2], with Llama 3's stretching where configured."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim

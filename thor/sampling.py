@@ -11,10 +11,12 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Top-p needs the vocabulary in descending order; this many tokens nearly always hold the mass, so a full sort is rare.
 TOP_P_SHORTLIST = 1024
+DRAW_BLOCK = 128  # tokens whose probabilities `draw` adds up first; divides the usual vocabularies
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off)")
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
 
 def noise_key(*parts: int | str) -> bytes:
@@ -55,8 +62,33 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: list[float], sampling: Sampling
     cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)
     noise = torch.tensor(uniforms_B, dtype=torch.float64, device=cdf.device)[:, None]
     tokens = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
-    tokens = tokens.minimum(_last_possible(logprobs))[:, 0]
+    tokens = tokens.minimum(_last_true(logprobs.exp() > 0))[:, 0]
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor, temperatures_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample_tokens` without top-k and top-p, each row at its own temperature, in tensors of fixed size: for a GPU.
+
+    The running sum is taken over blocks first, then within the block that holds the token: a plain one over a long row
+    is slow there. Both in float64, so that the token is the same but for about one draw in 10^12.
+    """
+    greedy = temperatures_B == 0
+    scaled = logits_BV / torch.where(greedy, 1.0, temperatures_B).to(logits_BV.dtype)[:, None]
+    highest = scaled.amax(-1, keepdim=True)
+    weights, vocab_size = (scaled - highest).exp(), scaled.shape[1]
+    if vocab_size % DRAW_BLOCK:
+        weights = F.pad(weights, (0, -vocab_size % DRAW_BLOCK))
+    weights = weights.unflatten(-1, (-1, DRAW_BLOCK))  # [B, blocks, DRAW_BLOCK]
+    sums = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, blocks]
+    target = uniforms_B[:, None] * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = weights.gather(1, block[..., None].expand(-1, -1, DRAW_BLOCK))[:, 0]  # [B, DRAW_BLOCK]
+    place = torch.searchsorted(inside.cumsum(-1, dtype=torch.float64), target - before, right=True)
+    place = place.minimum(_last_true(inside > 0))
+    drawn = (block * DRAW_BLOCK + place)[:, 0].clamp(max=vocab_size - 1)  # of NaN, too, a token that there is
+    tokens = torch.where(greedy, logits_BV.argmax(-1), drawn)
+    return tokens, (scaled.gather(-1, tokens[:, None]) - highest)[:, 0] - sums[:, -1].log().to(scaled.dtype)
 
 
 def filtered_logprobs(logits_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -87,7 +119,6 @@ def _nucleus_floor(probs_BV: Tensor, top_p: float) -> Tensor:
     return shortlist.gather(-1, last)
 
 
-def _last_possible(logprobs_BV: Tensor) -> Tensor:
-    """[B, 1]: the last token with probability above 0, where rounding at the end of the CDF must land."""
-    possible = logprobs_BV.exp() > 0
-    return logprobs_BV.shape[-1] - 1 - possible.flip(-1).int().argmax(-1, keepdim=True)
+def _last_true(possible_BV: Tensor) -> Tensor:
+    """[B, 1]: the last token that can be drawn, where rounding at the end of the CDF must land."""
+    return possible_BV.shape[-1] - 1 - possible_BV.flip(-1).int().argmax(-1, keepdim=True)
