@@ -73,7 +73,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperatures_B: Tensor) -> tuple
     is slow there. Both in float64, so that the token is the same but for about one draw in 10^12.
     """
     greedy = temperatures_B == 0
-    scaled = logits_BV / torch.where(greedy, 1.0, temperatures_B).to(logits_BV.dtype)[:, None]
+    scaled = logits_BV / temperatures_B.masked_fill(greedy, 1.0).to(logits_BV.dtype)[:, None]
     highest = scaled.amax(-1, keepdim=True)
     weights, vocab_size = (scaled - highest).exp(), scaled.shape[1]
     if vocab_size % DRAW_BLOCK:
@@ -82,7 +82,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperatures_B: Tensor) -> tuple
     sums = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, blocks]
     target = uniforms_B[:, None] * sums[:, -1:]
     block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
-    before = torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    before = sums.gather(-1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
     inside = weights.gather(1, block[..., None].expand(-1, -1, DRAW_BLOCK))[:, 0]  # [B, DRAW_BLOCK]
     place = torch.searchsorted(inside.cumsum(-1, dtype=torch.float64), target - before, right=True)
     place = place.minimum(_last_true(inside > 0))

@@ -1,0 +1,191 @@
+"""What gpu.py measured, as a table and a roofline.
+
+    python benchmarks/gpu_report.py --file out/gpu.json
+
+Writes FILE.md and, where matplotlib is installed, FILE.png beside it, and prints the table. A line whose row failed says
+why, and one whose row was not run says so: no number here is an estimate.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from thor import config  # noqa: E402
+from thor.config import option  # noqa: E402
+
+Found = dict[str, dict]  # the JSON: a row's name -> its numbers
+
+
+@dataclass
+class Options:
+    """One flag a field."""
+
+    file: str = option("out/gpu.json", "what gpu.py wrote")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: which rows it needs, what it should be, and how it reads from their numbers."""
+
+    title: str
+    needs: tuple[str, ...]
+    bar: str
+    text: Callable[[Found], str]
+
+
+def main(options: Options) -> None:
+    """Print and write the table, and draw what can be drawn."""
+    path = Path(options.file)
+    found = json.loads(path.read_text())
+    text = table(found)
+    path.with_suffix(".md").write_text(text)
+    print(text, end="")
+    try:
+        draw(found, path.with_suffix(".png"))
+    except ImportError:
+        print(f"matplotlib is not installed; where it is: python benchmarks/gpu_report.py --file {path}")
+
+
+def table(found: Found) -> str:
+    """The table in markdown, with a line on where it was measured."""
+    about = found.get("about", {})
+    where = f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}" if about else "Nothing measured"
+    rows = [f"| {line.title} | {reading(line, found)} | {line.bar} |" for line in LINES]
+    return "\n".join([f"{where}.", "", "| | measured | bar |", "| --- | --- | --- |", *rows, ""])
+
+
+def reading(line: Line, found: Found) -> str:
+    """What a line says: its numbers, or why there are none."""
+    for name in line.needs:
+        if name not in found:
+            return "not measured"
+        if "failed" in found[name]:
+            return f"failed: {found[name]['failed']}".replace("|", "/").replace("\n", " ")
+    return line.text(found).replace("|", "/")
+
+
+def decode_text(name: str) -> Callable[[Found], str]:
+    """Bytes that had to be read, over the time and the copy's rate."""
+    def text(found: Found) -> str:
+        row = found[name]
+        share = (row["weight_bytes"] + row["key_bytes"]) / row["step_seconds"] / found["ceilings"]["bytes_per_second"]
+        arranged = f"kernels {'on' if row['kernels'] else 'off'}, graphs {'on' if row['graphs'] else 'off'}"
+        troubles = "".join(f"; {error}" for error in row["errors"])
+        return (f"**{share:.1%}** of the bandwidth: {1e3 * row['step_seconds']:.2f} ms a step, {row['tokens_per_second']:,.0f} "
+                f"tokens/s, {row['weight_bytes'] / 1e9:.2f} GB of weights and {row['key_bytes'] / 1e9:.2f} GB of keys "
+                f"({arranged}{troubles})")
+    return text
+
+
+def rate(row: dict) -> float:
+    """Sampled tokens a second."""
+    return row["tokens"] / row["seconds"]
+
+
+def faster_text(peer: str) -> Callable[[Found], str]:
+    """Our sampled tokens a second over the peer's."""
+    return lambda found: (f"**{rate(found['rollouts']) / rate(found[peer]):.2f}×**: {rate(found['rollouts']):,.0f} against "
+                          f"{rate(found[peer]):,.0f} sampled tokens/s")
+
+
+def mfu_text(found: Found, run: dict) -> str:
+    """A training step's FLOP a second over the large product's."""
+    share = run["flops_per_second"] / found["ceilings"]["flops_per_second"]
+    return (f"**{share:.1%}**: {run['tokens']:,} tokens in {run['step_seconds']:.3f} s, peak {run['peak_bytes'] / 1e9:.1f} GB")
+
+
+def plain_text(found: Found) -> str:
+    """The largest pack, and those before it."""
+    runs = found["training"]["plain"]
+    return "; ".join(mfu_text(found, run) for run in reversed(runs)) if runs else "no pack fits"
+
+
+def memory_text(found: Found) -> str:
+    """Peak with chunks over the peak with full logits."""
+    memory = found["training"]["memory"]
+    if not memory["full"]:
+        return "not measured (a CPU's memory is not counted)"
+    return (f"**{memory['chunked'] / memory['full']:.2f}**: {memory['chunked'] / 1e9:.2f} of {memory['full'] / 1e9:.2f} GB, "
+            f"{memory['tokens']:,} tokens")
+
+
+def rewind_text(found: Found) -> str:
+    """Host time, and what a fork copies once it is written to."""
+    row = found["rewind"]
+    return (f"fork **{1e6 * row['fork_seconds']:.1f} µs**, truncate **{1e6 * row['truncate_seconds']:.1f} µs**; a fork copies one "
+            f"page of {row['copied_bytes'] / 1e6:.2f} MB when it is first written to ({row['copied_tokens']:.0f} tokens of it in use)")
+
+
+def gap_text(found: Found) -> str:
+    """Mean and greatest difference for each arrangement."""
+    return "; ".join(f"{name}: mean **{mean:.4f}**, at most {most:.2f}" for name, (mean, most) in found["rewind"]["gap"].items())
+
+
+LINES = [
+    Line("ceilings", ("ceilings",), "", lambda found: f"copy {found['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s (read and "
+         f"written), product {found['ceilings']['flops_per_second'] / 1e12:,.0f} TFLOP/s"),
+    Line("decode, 7B shape, one sequence", ("ceilings", "decode_7b"), "≥ 60 %", decode_text("decode_7b")),
+    Line("decode, 1.5B shape, 256 sequences at 1–2k", ("ceilings", "decode_1_5b"), "≥ 45 %", decode_text("decode_1_5b")),
+    Line("where decoding spends its time", ("decode_7b", "decode_1_5b"), "", lambda found: " · ".join(
+        f"{name}: {', '.join(found[name]['profile']) or 'no profile'}" for name in ("decode_7b", "decode_1_5b"))),
+    Line("tool rollouts against `generate`", ("rollouts", "generate"), "≥ 8×", faster_text("generate")),
+    Line("tool rollouts against `generate_batch`", ("rollouts", "generate_batch"), "≥ 2×", faster_text("generate_batch")),
+    Line("tool time hidden", ("rollouts",), "≥ 90 %", lambda found: f"**{found['rollouts']['tool_hidden']:.1%}**"),
+    Line("training, 1.5B shape, nothing computed twice", ("ceilings", "training"), "≥ 45 % MFU", plain_text),
+    Line("training, checkpointing by layer", ("ceilings", "training"), "≥ 35 % MFU",
+         lambda found: mfu_text(found, found["training"]["checkpointed"])),
+    Line("the same, norms and feed-forward compiled", ("ceilings", "compiled"), "",
+         lambda found: mfu_text(found, found["compiled"]["compiled"])),
+    Line("where training spends its time", ("training",), "", lambda found: ", ".join(found["training"]["kernels"]) or "no profile"),
+    Line("peak memory, chunked over full logits", ("training",), "≤ 0.60", memory_text),
+    Line("fork, truncate: host time", ("rewind",), "≤ 20 µs", rewind_text),
+    Line("self-correction", ("rewind",), "", lambda found: f"**{found['rewind']['tokens_computed']}** tokens computed, "
+         f"{found['rewind']['tokens_kept']:,} kept"),
+    Line("sampler–trainer gap on sampled tokens", ("rewind",), "", gap_text),
+]
+
+
+def points(found: Found) -> list[tuple[str, float, float]]:
+    """(name, FLOP a byte, FLOP a second) of what can stand in a roofline; training's bytes are its weights, read thrice."""
+    rows = []
+    for name in ("decode_7b", "decode_1_5b"):
+        row = found.get(name, {"failed": ""})
+        if "failed" not in row:
+            rows.append((name, row["flops"] / (row["weight_bytes"] + row["key_bytes"]), row["flops"] / row["step_seconds"]))
+    training = found.get("training", {"failed": ""})
+    for run in [] if "failed" in training else [*training["plain"][-1:], training["checkpointed"]]:
+        intensity = run["flops_per_second"] * run["step_seconds"] / (3 * training["weight_bytes"])
+        rows.append((f"training, {run['tokens']:,} tokens", intensity, run["flops_per_second"]))
+    return rows
+
+
+def draw(found: Found, path: Path) -> None:
+    """The roofline of the measured ceilings with the measured points; nothing without ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    ceilings = found.get("ceilings", {"failed": ""})
+    if "failed" in ceilings:
+        return
+    ridge = ceilings["flops_per_second"] / ceilings["bytes_per_second"]
+    intensities = [0.1, ridge, max([10 * ridge, *(2 * point[1] for point in points(found))])]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    axes.loglog(intensities, [min(i * ceilings["bytes_per_second"], ceilings["flops_per_second"]) for i in intensities], "k-",
+                label="measured copy and product")
+    for name, intensity, attained in points(found):
+        axes.loglog([intensity], [attained], "o", label=name)
+    axes.set(xlabel="FLOP a byte that must be read", ylabel="FLOP a second", title=found["about"]["device"])
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    config.run(main, Options, __doc__)
