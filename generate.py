@@ -29,6 +29,7 @@ from thor.checkpoint import write_aside
 from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
 from thor.engine import Engine
+from thor.paged_engine import make_engine
 from thor.replay import RecordedSandbox, first_difference, tokens_in_order
 from thor.reward import grade
 from thor.rollout import RolloutOptions, Tools, solve_group
@@ -290,7 +291,7 @@ def build_engine(options: GenerateOptions, template: Template, jobs: list[tuple[
     in_flight = min(fitting, sum(len(samples) for _, samples in jobs))
     idle = -(-in_flight // options.samples) if options.samples > 1 else 0  # first samples that wait for their siblings
     stops = stop_ids(template.tokenizer, options.model)
-    engine = Engine(model, stops, in_flight + idle, context, exact=options.exact == "on")
+    engine = make_engine(model, stops, in_flight + idle, context, exact=options.exact == "on")
     warn_if_inexact(engine)
     return engine, in_flight
 

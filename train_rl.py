@@ -31,6 +31,7 @@ from thor.metrics import MetricsLog
 from thor.model import Decoder
 from thor.optimizer import Skips, make_optimizer, take_step
 from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
+from thor.paged_engine import make_engine
 from thor.reward import grade, trajectory_reward
 from thor.rl_evaluation import Evaluation, evaluate
 from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
@@ -455,7 +456,7 @@ def build_engine(run: Run) -> Engine:
     if longest >= run.model.config.max_context:
         raise ValueError(f"a prompt of {longest} tokens does not fit the model's context of {run.model.config.max_context}")
     context = min(longest + options.max_response_tokens + options.branch_limit, run.model.config.max_context)
-    return Engine(run.model, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
+    return make_engine(run.model, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
 
 
 def begin(options: TrainOptions) -> Run:

@@ -127,7 +127,7 @@ def run_row(name: str, smoke: bool, limit: float) -> Numbers:
 
 def last_line(text: str) -> str:
     """What an error says, without its traceback."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip().removeprefix("error: ") for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]]
     return ((errors or lines or ["no message"])[-1])[:300]
 

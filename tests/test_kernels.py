@@ -18,6 +18,7 @@ from thor.decode_step import fused_forward  # noqa: E402
 from thor.paged import PagedCache  # noqa: E402
 from thor.paged_attention import attend_pages, decode  # noqa: E402
 
+pytestmark = pytest.mark.cuda  # with the interpreter, on a CPU, too
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter, which computes with numpy, has no bfloat16: there float16 stands for low precision.
 DTYPES = {torch.float32: 2e-5, torch.bfloat16 if torch.cuda.is_available() else torch.float16: 2e-2}

@@ -52,7 +52,7 @@ LAYERS = {
     "checkpoint": {"model", "weights"},
     "engine": {"attention", "cache", "model", "sampling"},
     "paged_engine": {"attention", "decode_step", "engine", "model", "paged", "paged_attention", "sampling"},
-    "clients": {"engine", "sampling", "template", "weights"},
+    "clients": {"engine", "paged_engine", "sampling", "template", "weights"},
     "critic": {"clients", "sampling"},
     "gsm": {"critic"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},

@@ -40,13 +40,6 @@ def test_the_log_prob_of_a_token_equals_a_plain_forwards_also_after_forks_backtr
     assert sum(errors) / len(errors) < 2e-5
 
 
-def some_engine(kind: str, model: Decoder, num_pages: int | None = None, chunk_tokens: int = 512) -> Engine:
-    """Either engine, with room for all or for few."""
-    if kind == "slots":
-        return Engine(model, {3}, 2 if num_pages else 40, max_tokens=150, chunk_tokens=chunk_tokens)
-    return PagedEngine(model, {3}, 40, max_tokens=150, chunk_tokens=chunk_tokens, page_tokens=8, num_pages=num_pages)
-
-
 async def together(engine: Engine, seed: int) -> list:
     """Twelve trajectories with forks, stops, backtracks and observations, whose pauses let them join at odd moments."""
     prompts, pauses = some_sequences([5 + 9 * name % 90 for name in range(12)]), random.Random(seed)
@@ -83,9 +76,9 @@ def assert_same(a: object, b: object) -> None:
 
 @pytest.mark.parametrize("num_pages, chunk_tokens, seed", [(None, 512, 0), (60, 13, 1), (25, 512, 2)])
 def test_trajectories_are_those_of_the_engine_over_slots(model, num_pages, chunk_tokens, seed):
-    expected = run(together(some_engine("slots", model), 0))
+    expected = run(together(Engine(model, {3}, 40, max_tokens=150), 0))
     assert {"stop", "eos", "length"} <= {reason for steps in expected[6:] for reason in steps if isinstance(reason, str)}
-    engine = some_engine("pages", model, num_pages, chunk_tokens)
+    engine = PagedEngine(model, {3}, 40, max_tokens=150, chunk_tokens=chunk_tokens, page_tokens=8, num_pages=num_pages)
     assert_same(run(together(engine, seed)), expected)
     assert engine.counts.discarded > 0
     assert (engine.counts.evictions > 0) == (num_pages is not None)
@@ -138,18 +131,39 @@ class Recorder(DecodeStep):
         return Read(launched.stage, launched.num_rows)
 
 
-def recorded(model: Decoder, num_slots: int = 4, chunk_tokens: int = 512) -> PagedEngine:
-    engine = PagedEngine(model, NO_EOS, num_slots, 200, chunk_tokens, page_tokens=8)
-    engine.decoder = Recorder(model, engine.cache, num_slots, False, False)
+def recorded(model: Decoder, max_rows: int, chunk_tokens: int = 512) -> PagedEngine:
+    engine = PagedEngine(model, NO_EOS, 2, 200, chunk_tokens, page_tokens=8)
+    engine.decoder = Recorder(model, engine.cache, max_rows, False, False)
     return engine
 
 
 def test_a_step_is_launched_before_the_tokens_of_the_one_before_are_read(model):
-    engine = recorded(model)
+    engine = recorded(model, 1)
     run(engine.sample(engine.new([1, 2, 3], b""), Sampling(), 4))
     assert engine.decoder.events == [("launch", 0), ("launch", 1), ("read", 0), ("launch", 2), ("read", 1),
                                      ("launch", 3), ("read", 2), ("read", 3)]
     assert [row.source for rows in engine.decoder.rows for row in rows] == [-1, 0, 0, 0]  # the host never sends a token
+
+
+def test_an_observation_goes_in_the_rows_of_a_decoding_step_and_a_long_one_does_not(model):
+    async def observe(count: int) -> tuple[list[list[tuple]], list[int]]:
+        engine = recorded(model, 12)
+        acts, thinks = engine.new([1, 2, 3], b"a"), engine.new([4, 5], b"b")
+
+        async def act() -> None:
+            await engine.sample(acts, Sampling(), 3)
+            engine.append(acts, list(range(10, 10 + count)))
+            await engine.sample(acts, Sampling(), 2)
+
+        await asyncio.gather(act(), engine.sample(thinks, Sampling(), 20))
+        return [[(row.slot == acts.slot, row.position, row.token) for row in rows] for rows in engine.decoder.rows], acts.ids
+
+    rows, ids = run(observe(5))
+    [step] = [step for step in rows[1:] if len(step) > 2]
+    assert [row for row in step if row[0]] == [(True, place, ids[place]) for place in range(5, 11)]
+    assert [row[0] for row in step].count(False) == 1  # the other goes on in the same step
+    long, _ = run(observe(20))
+    assert max(map(len, long[1:])) == 2
 
 
 def test_a_stop_costs_one_discarded_token_and_a_limit_none(model):

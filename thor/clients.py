@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from thor.engine import Engine, Sequence
+from thor.engine import Sequence
+from thor.paged_engine import make_engine
 from thor.sampling import Sampling, noise_key
 from thor.template import TEXT_INSTRUCTION, Template, load_template, stop_ids
 from thor.weights import DTYPES, load_model
@@ -133,7 +134,7 @@ class EngineClient:
         model = load_model(directory, DTYPES[options.dtype], options.device)
         context = min(options.context, model.config.max_context)
         stops = stop_ids(self.template.tokenizer, directory)
-        self.engine = Engine(model, stops, options.slots, context, exact=options.exact)
+        self.engine = make_engine(model, stops, options.slots, context, exact=options.exact)
 
     async def __aenter__(self) -> "EngineClient":
         return self

@@ -1,12 +1,13 @@
 """The engine on a GPU: pages instead of slots, one graph a step, and a host that is one step behind the device.
 
-A step has two parts. Sequences with more than one unseen token are prefilled, at most `chunk_tokens` each and
-PREFILL_TOKENS together, all but their last token; then every sequence with one unseen token reads it and samples the
-next (`decode_step`), those whose prefill ended just now among them. So a long prompt delays decoding by one bounded chunk
-a step. The next step is launched before this one's tokens are read: a sequence that turns out to have stopped costs one
-discarded token. Invariants: `cached` counts what the device has been told to store, and its work is done in order;
-pages given back may still be written to by the step under way, and are overwritten only after it; the oldest request
-always gets on.
+A step has two parts. Long stretches of unseen tokens are prefilled, at most `chunk_tokens` a sequence and PREFILL_TOKENS
+together, all but the last token; then every sequence with one unseen token reads it and samples the next (`decode_step`),
+those whose prefill ended just now among them. A short stretch, an observation, needs no pass of its own: its tokens are
+rows of the decoding step, as if of other sequences, since all rows store their keys before any of them looks. So a long
+prompt delays decoding by one bounded chunk a step, an observation by nothing. The next step is launched before this
+one's tokens are read: a sequence that turns out to have stopped costs one discarded token. Invariants: `cached` counts
+what the device has been told to store, and its work is done in order; pages given back may still be written to by the
+step under way, and are overwritten only after it; the oldest request always gets on.
 """
 
 import time
@@ -23,18 +24,21 @@ from thor.paged_attention import kernels_available, paged
 from thor.sampling import Sampling, uniform
 
 PREFILL_TOKENS = 2048
-MAX_ROWS = 512  # sequences that decode at once
+MAX_ROWS = 512  # of a decoding step
+NOT_SAMPLED = Sampling()  # of a row whose token nobody wants
+FEED_ROWS = 64  # rows of it beside one for each sequence, for stretches that short
 
 
 @dataclass
 class _Plan:
-    """What one step will do: pages to copy first, rows to prefill, rows to decode with their requests."""
+    """What one step will do: pages to copy first, rows to prefill, rows to decode with their requests (None: only read)."""
 
     copies: list[tuple[int, int]]
     prefills: list[tuple[Sequence, Row]]
-    decodes: list[tuple[Request, NextToken]]
+    decodes: list[tuple[Request | None, NextToken]]
     cached: list[tuple[Sequence, int]]  # what the sequences' caches will hold
     read: list[Request]  # prefills that end with this step
+    feed_rows: int  # that are left
     is_full: bool = False  # no page was left for someone: nobody new is let in behind it
 
 
@@ -43,7 +47,7 @@ class _UnderWay:
     """A launched step whose tokens have not been read; `row_of` finds a request's row by identity."""
 
     launched: Launched
-    requests: list[Request]
+    requests: list[Request | None]
     row_of: dict[int, int]
 
 
@@ -63,7 +67,7 @@ class PagedEngine(Engine):
         super().__init__(model, eos_ids, num_slots, max_tokens, False, chunk_tokens, max_wait)
         on_gpu = self.device.type == "cuda"
         use_kernels = kernels_available(self.device) and page_tokens >= 16 if use_kernels is None else use_kernels
-        self.decoder = DecodeStep(model, self.cache, min(num_slots, MAX_ROWS), use_kernels,
+        self.decoder = DecodeStep(model, self.cache, min(num_slots + FEED_ROWS, MAX_ROWS), use_kernels,
                                   on_gpu if use_graphs is None else use_graphs)
         self._under_way: _UnderWay | None = None
 
@@ -106,7 +110,7 @@ class PagedEngine(Engine):
 
     def _plan(self) -> _Plan:
         """First come, first served, as far as pages, rows and the prefill budget go."""
-        plan, budget = _Plan([], [], [], [], []), PREFILL_TOKENS
+        plan, budget = _Plan([], [], [], [], [], self.decoder.max_rows - len(self._requests)), PREFILL_TOKENS
         for request in list(self._requests):
             row = None if self._under_way is None else self._under_way.row_of.get(id(request))
             if row is not None:
@@ -127,7 +131,7 @@ class PagedEngine(Engine):
             plan.cached.append((sequence, position + 1))
 
     def _plan_unseen(self, plan: _Plan, request: Request, budget: int) -> int:
-        """Feed what the cache lacks, the last token by decoding; returns the tokens prefilled."""
+        """Feed what the cache lacks, the last token by decoding; returns the tokens that need a prefill."""
         sequence, wanted = request.sequence, request.limit > len(request.sequence.ids)
         if sequence.slot is None and (plan.is_full or not self._admit_one(plan, request)):
             return 0
@@ -137,7 +141,12 @@ class PagedEngine(Engine):
         end = start + count + decodes
         if end > start and not self._reserve(plan, request, start, end):
             return 0
-        if count:
+        is_short = count <= plan.feed_rows
+        if is_short:
+            plan.feed_rows -= count
+            plan.decodes += [(None, NextToken(sequence.slot, place, sequence.ids[place], -1, 0.0, NOT_SAMPLED))
+                             for place in range(start, start + count)]
+        else:
             plan.prefills.append((sequence, Row(sequence.slot, start, count)))
         if decodes:
             noise = uniform(sequence.key, last + 1)
@@ -145,7 +154,7 @@ class PagedEngine(Engine):
         if not wanted and end == last:
             plan.read.append(request)
         plan.cached.append((sequence, end))
-        return count
+        return 0 if is_short else count
 
     def _admit_one(self, plan: _Plan, request: Request) -> bool:
         """Give the request's sequence a row of the block table, and the pages of its closest relative."""
@@ -210,11 +219,13 @@ class PagedEngine(Engine):
         requests = [request for request, _ in decodes]
         self.counts.fed += len(decodes)
         launched = self.decoder.launch([token for _, token in decodes])
-        return _UnderWay(launched, requests, {id(request): row for row, request in enumerate(requests)})
+        return _UnderWay(launched, requests, {id(request): row for row, request in enumerate(requests) if request is not None})
 
     def _read(self, step: _UnderWay) -> None:
         """Hand the tokens of a step out, except to those who have stopped meanwhile."""
         for request, token, logprob in zip(step.requests, *step.launched.results(), strict=True):
+            if request is None:
+                continue
             if request.future.done():
                 self.counts.discarded += 1
                 continue

@@ -1,0 +1,108 @@
+"""benchmarks/gpu.py without a GPU: its rows run in a tiny shape, a failing one stops nobody, and it needs few packages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_report  # noqa: E402
+import gpu_training  # noqa: E402
+from gpu_shapes import QWEN_1_5B, QWEN_7B, TINY, build_model, layer_bytes  # noqa: E402
+
+from thor.batch import make_pack, score  # noqa: E402
+
+GPU_ONLY = ("generate_batch", "compiled")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict]:
+    """What the rows that run on a CPU measure, each called as its process would."""
+    rows = {name: row(gpu.Bench(True)) for name, (row, _) in gpu.ROWS.items() if name not in GPU_ONLY}
+    rows["about"] = gpu.about(True)
+    return json.loads(json.dumps(rows))
+
+
+def test_every_row_runs_and_every_line_of_the_table_reads_from_it(found):
+    table = gpu_report.table(found)
+    assert table.count("not measured") == 1 + 2 + 1  # a CPU's memory is not counted; two rows need a GPU, one twice
+    assert "failed" not in table
+    lines = dict(line.strip("| ").split(" | ")[:2] for line in table.splitlines() if line.startswith("| "))
+    assert len(lines) == len(gpu_report.LINES) + 1
+    assert lines["self-correction"] == "**10** tokens computed, 110 kept"
+    assert "kernels off, graphs off" in lines["decode, 7B shape, one sequence"]
+    assert found["rollouts"]["counts"]["slow"]["sampled"] == found["rollouts"]["tokens"] == found["generate"]["tokens"]
+    assert found["rewind"]["gap"]["as used"][1] < 1e-3
+    assert found["decode_1_5b"]["key_bytes"] > 0 and found["decode_7b"]["step_seconds"] > 0
+    assert [run["tokens"] for run in found["training"]["plain"]] == [64, 128]
+
+
+def test_without_a_measurement_a_line_says_so_and_with_a_failure_why():
+    table = gpu_report.table({})
+    assert table.startswith("Nothing measured.") and table.count("not measured") == len(gpu_report.LINES)
+    table = gpu_report.table({"ceilings": {"failed": "CUDA error: no | luck"}})
+    assert "| ceilings | failed: CUDA error: no / luck |" in table
+
+
+def test_a_row_that_fails_or_takes_too_long_is_reported_and_the_others_go_on(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke", "--rows", "compiled,ceilings", "--out",
+               str(tmp_path / "gpu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "compiled: torch.compile is measured on a GPU only" in done.stdout and "ceilings: done" in done.stdout
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["ceilings"]["bytes_per_second"] > 0
+    assert (tmp_path / "gpu.png").stat().st_size > 0
+    assert (tmp_path / "gpu.md").read_text() in done.stdout
+    assert gpu.run_row("ceilings", True, 1.0)["failed"] == "stopped after 1 s"
+    assert gpu.run_row("ceilings", True, -5.0)["failed"] == "not run, the time was up"
+
+
+def test_an_errors_last_line_is_what_is_shown():
+    text = "Traceback (most recent call last):\n  File \"x\", line 1\ntorch.OutOfMemoryError: CUDA out of memory.\n\nexit 1\n"
+    assert gpu.last_line(text) == "torch.OutOfMemoryError: CUDA out of memory."
+    assert gpu.last_line("error: there is no GPU\n") == "there is no GPU"
+    assert gpu.last_line("") == "no message"
+
+
+def test_the_shapes_have_the_sizes_of_their_names():
+    assert layer_bytes(QWEN_1_5B, torch.bfloat16) / 2 == pytest.approx(1.54e9, rel=0.01)
+    assert layer_bytes(QWEN_7B, torch.bfloat16) / 2 == pytest.approx(7.07e9, rel=0.01)  # 7.62 with the embedding
+
+
+def test_flops_are_those_that_torch_counts():
+    """Its counter sees the matrix products and not attention, which is causal: half of two products over all pairs."""
+    model = build_model(TINY, torch.float32, torch.device("cpu"))
+    samples = gpu_training.some_samples(TINY, 64, 64)
+    pack = make_pack(samples)
+    with FlopCounterMode(display=False) as counter:
+        score(model, pack)[0].sum().backward()
+    chunks_again = 2 * TINY.vocab_size * TINY.hidden_size * len(pack.rows)
+    attention = gpu_training.flops_of(TINY, [64], len(pack.rows)) - (counter.get_total_flops() - chunks_again)
+    assert attention == 3 * TINY.num_layers * TINY.num_heads * (2 * 2 * 64**2 * TINY.head_dim) / 2
+
+
+BLOCKED = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"no {{name}} here", name=name)
+sys.meta_path.insert(0, Refuse())
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+"""
+ALWAYS = {"math_verify", "latex2sympy2_extended", "matplotlib", "tensorboard", "pyseccomp", "triton", "pytest"}
+WITHOUT_TRANSFORMERS = ALWAYS | {"transformers", "safetensors", "tokenizers", "huggingface_hub", "tqdm", "requests"}
+
+
+@pytest.mark.parametrize("modules, blocked", [
+    ("thor.model, thor.engine, thor.paged_engine, thor.grpo, thor.batch", WITHOUT_TRANSFORMERS), ("gpu, gpu_report", ALWAYS)])
+def test_few_packages_are_needed(modules, blocked):
+    code = BLOCKED.format(blocked=blocked, root=str(ROOT)) + f"import {modules}\n"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
