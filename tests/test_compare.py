@@ -138,7 +138,7 @@ def test_forced_results_of_different_k_compare_each_with_its_own_samples():
 
 def test_the_mean_of_benchmarks_weighs_them_alike_and_draws_them_independently():
     sides = [[replace(r, question=f"{bench}{r.question}") for r in random_rows(seed, n)]
-             for bench, n in (("x", 40), ("y", 10)) for seed in (1, 2)]
+             for bench, n in (("x", 40), ("y", 40)) for seed in (1, 2)]
     found = [compare_pair(*(result({r.question: r for r in side}, benchmark=name) for side in sides[at:at + 2]), False)
              for name, at in (("x", 0), ("y", 2))]
     each = [difference(*(measures(side, 4)["avg@4"] for side in (c.first, c.second))) for c in found]
