@@ -4,6 +4,7 @@
 
 One round: sample G trajectories of each problem, grow G' branches from failed steps, filter, score with π_old, update.
 Killed at any moment, the same command continues from the last checkpoint as if nothing had happened.
+On several devices: torchrun --nproc-per-node N train_rl.py …; thor/parallel.py says what they share.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from generate import warn_if_inexact
 from thor import config
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
-from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint
+from thor.checkpoint import StopRequest, load_state, open_run
 from thor.config import option
 from thor.data import Problem, read_problems
 from thor.dump import RoundDump
@@ -30,17 +32,17 @@ from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hiera
 from thor.metrics import MetricsLog
 from thor.model import Decoder
 from thor.optimizer import Skips, make_optimizer, take_step
+from thor.parallel import Ranks, full_copy, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.paged_engine import make_engine
 from thor.reward import grade, trajectory_reward
 from thor.rl_evaluation import Evaluation, evaluate
 from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
-from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, solve_group
+from thor.rollout import FailedStep, RolloutOptions, Tools, branch_group, failed_step, solve_group
 from thor.sampling import Sampling
 from thor.sandbox import LocalSandbox, open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template, stop_ids
 from thor.trajectory import Trajectory
-from thor.weights import load_model
 
 Groups = list[list[Sample]]
 
@@ -103,6 +105,7 @@ class TrainOptions:
     sandbox_log_mode: str = option("record", "record, replay (run nothing) or cache (run what is deterministic once)")
     cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
+    replicas: int = option(1, "with torchrun: groups of processes that each hold all weights between them (HSDP)")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
 
     def __post_init__(self) -> None:
@@ -136,10 +139,10 @@ class TrainOptions:
         return RolloutOptions(Sampling(self.temperature), self.max_response_tokens, self.max_code_rounds, 0,
                               self.suffix_tokens, stop_at_failure=True, seed=self.seed, round=number)
 
-    def evaluation(self, problems: list[Problem]) -> Evaluation:
+    def evaluation(self, problems: list[Problem], ranks: Ranks) -> Evaluation:
         """How the evaluation problems are solved: as in training, with noise of its own."""
         return Evaluation(problems, replace(self.rollout(0), seed=self.seed + 1), self.branches, self.branch_limit,
-                          self.slots, Path(self.out))
+                          self.slots, Path(self.out) if ranks.is_first else None, ranks.spread)
 
     @property
     def loss(self) -> LossOptions:
@@ -171,6 +174,7 @@ class Run:
     model: Decoder
     reference: Decoder | None
     optimizer: torch.optim.AdamW
+    ranks: Ranks = field(default_factory=Ranks)
     state: State = field(default_factory=State)
 
 
@@ -189,32 +193,41 @@ class Sampled:
 
 def main(options: TrainOptions) -> None:
     """Rounds of: sample, branch, filter, score, update."""
-    run, out = begin(options), Path(options.out)
-    if run.state.round >= options.rounds:
-        print(f"{out} has all {options.rounds} rounds: nothing left to do")
-        return check_trained(run, out)
-    warn_if_inexact(build_engine(run))
-    with StopRequest() as stop:
-        asyncio.run(train(run, out, stop))
-    if stop.asked:
-        raise KeyboardInterrupt
-    check_trained(run, out)
+    with open_ranks(options.device, options.replicas) as ranks:
+        run, out = begin(options, ranks), Path(options.out)
+        if run.state.round >= options.rounds:
+            if ranks.is_first:
+                print(f"{out} has all {options.rounds} rounds: nothing left to do")
+            return check_trained(run, out)
+        engine = build_engine(run)
+        if ranks.is_first:
+            warn_if_inexact(engine)
+        with StopRequest() as stop:
+            stopped = asyncio.run(train(run, out, stop))
+        if stopped:
+            raise KeyboardInterrupt
+        check_trained(run, out)
 
 
-async def train(run: Run, out: Path, stop: StopRequest) -> None:
-    """Rounds until there were enough, or until someone asks to stop; one sandbox for all of them."""
-    options, log = run.options, MetricsLog(out, run.state.round)
+async def train(run: Run, out: Path, stop: StopRequest) -> bool:
+    """Rounds until there were enough, or until someone asked to stop, which it returns; one sandbox for all of them."""
+    options, stopping = run.options, False
+    log = MetricsLog(out, run.state.round) if run.ranks.is_first else None
     async with open_sandbox(options.sandbox, options.cpu_seconds, options.sandbox_require, options.sandbox_log,
                             options.sandbox_log_mode) as sandbox:
-        with tqdm(total=options.rounds, initial=run.state.round, unit="round") as bar:
-            while run.state.round < options.rounds and not stop.asked:
+        with tqdm(total=options.rounds, initial=run.state.round, unit="round", disable=log is None) as bar:
+            while run.state.round < options.rounds and not stopping:
                 metrics, timing = await one_round(run, sandbox, run.state.round + 1)
                 run.state.round += 1
-                log.write(run.state.round, metrics, timing)
-                if run.state.round % options.save_every == 0 or run.state.round == options.rounds or stop.asked:
+                if log:
+                    log.write(run.state.round, metrics, timing)
+                stopping = any(run.ranks.gather(stop.asked))
+                if run.state.round % options.save_every == 0 or run.state.round == options.rounds or stopping:
                     save(run, out)
                 show(bar, metrics, timing)
-    log.close()
+    if log:
+        log.close()
+    return stopping
 
 
 def check_trained(run: Run, out: Path) -> None:
@@ -225,17 +238,18 @@ def check_trained(run: Run, out: Path) -> None:
 
 
 async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
-    """One round of method, section 4: its metrics, and its times."""
+    """One round of method, section 4: its metrics, and its times, which are the first rank's."""
     rng, started = random.Random(f"{run.options.seed} {number}"), time.perf_counter()
     tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
     sampled = await sample_round(run, tools, number, rng)
-    done = time.perf_counter()
+    counts, done = tools.engine.counts, time.perf_counter()
+    del tools  # the memory of cache and, with several ranks, weights
     metrics = learn(run, sampled, number, rng)
-    counts, runs = tools.engine.counts, all_executions(sampled.drawn + sampled.branches)
+    runs = all_executions(sampled.drawn + sampled.branches)
     return metrics, {"time/sample": counts.seconds, "time/execute": done - started - counts.seconds,
                      "time/train": time.perf_counter() - done, "sandbox/seconds": sum(run.seconds for run in runs),
-                     "sandbox/executions": len(runs), "engine/sampled": counts.sampled, "engine/fed": counts.fed,
-                     "engine/evicted": counts.evicted}
+                     "sandbox/executions": len(runs), **run.ranks.add_up({
+                         "engine/sampled": counts.sampled, "engine/fed": counts.fed, "engine/evicted": counts.evicted})}
 
 
 async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) -> Sampled:
@@ -246,7 +260,7 @@ async def sample_round(run: Run, tools: Tools, number: int, rng: random.Random) 
         chosen = random_success(tools, drawn, run.options.suffix_tokens, rng)
     branches = await grow_branches(run, tools, chosen, number)
     due = is_due(run.options.eval_every, number)
-    evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems), number) if due else {}
+    evaluation = await evaluate(tools, run.options.evaluation(run.eval_problems, run.ranks), number) if due else {}
     return Sampled(drawn, kept, len(failures), chosen, branches, evaluation)
 
 
@@ -287,17 +301,23 @@ def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, 
 
 async def sample_groups(run: Run, tools: Tools, number: int) -> tuple[list[list[Trajectory]], Kept, list[FailedStep]]:
     """G graded trajectories of each problem, until enough groups survive the filters or the passes are spent."""
-    options, drawn, failures = run.options, [], []
+    options, drawn, held = run.options, [], []
     filters = TrajectoryFilters(options.min_response_tokens, options.box_within_last, options.min_group_fraction,
                                 1 if "lone_reward" in options.quirks else 2)
     for _ in range(options.max_passes if options.groups_per_round else 1):
-        drawn += await sample_problems(run, tools, next_problems(run), number, failures)
+        drawn += await sample_problems(run, tools, next_problems(run), number, held)
         kept = filter_trajectories(drawn, filters, run.template.decode)
         if len(run.state.carried) + len(kept.groups) >= options.groups_per_round:
             break
     stop_if_lost(drawn, "trajectories", number)
-    order = {id(trajectory): place for place, trajectory in enumerate(t for group in drawn for t in group)}
-    return drawn, kept, sorted(failures, key=lambda failed: order[id(failed.trajectory)])
+    return drawn, kept, all_failures(drawn, held, options.rollout(number)) if options.branches else []
+
+
+def all_failures(drawn: list[list[Trajectory]], held: list[FailedStep], rollout: RolloutOptions) -> list[FailedStep]:
+    """The failed steps of all ranks, in order of trajectory; those in another rank's engine have no sequence."""
+    here = {id(failed.trajectory): failed for failed in held}
+    failed = [trajectory for group in drawn for trajectory in group if trajectory.finish == "failed"]
+    return [here.get(id(trajectory)) or failed_step(trajectory, None, rollout) for trajectory in failed]
 
 
 def next_problems(run: Run) -> list[tuple[Problem, int]]:
@@ -312,42 +332,45 @@ def next_problems(run: Run) -> list[tuple[Problem, int]]:
 
 
 async def sample_problems(run: Run, tools: Tools, chosen: list[tuple[Problem, int]], number: int,
-                          failures: list[FailedStep]) -> list[list[Trajectory]]:
-    """One group for each problem, in order, graded; failed steps stay in the engine's memory and go to `failures`."""
-    options, rollout = run.options, run.options.rollout(number)
-    gate, groups = asyncio.Semaphore(options.slots), [[] for _ in chosen]
+                          held: list[FailedStep]) -> list[list[Trajectory]]:
+    """One group for each problem, in order, graded, whichever rank's work; failed steps stay in the memory of the
+    engine that sampled them and go to `held` there."""
+    options, rollout, gate = run.options, run.options.rollout(number), asyncio.Semaphore(run.options.slots)
 
-    async def solve(place: int) -> None:
-        problem, epoch = chosen[place]
+    async def solve(problem_and_epoch: tuple[Problem, int], ended: Callable[[], None]) -> list[Trajectory]:
+        (problem, epoch), group = problem_and_epoch, []
 
         async def done(trajectory: Trajectory) -> None:
+            ended()
             trajectory.correct = await grade(trajectory)
-            groups[place].append(trajectory)
+            group.append(trajectory)
 
         samples = list(range(epoch * options.samples, (epoch + 1) * options.samples))
-        keep = failures if options.branches else None
-        await solve_group(tools, problem, samples, rollout, gate, done, keep)
+        await solve_group(tools, problem, samples, rollout, gate, done, held if options.branches else None)
+        return sorted(group, key=lambda trajectory: trajectory.sample)
 
-    await asyncio.gather(*map(solve, range(len(chosen))))
-    return [sorted(group, key=lambda trajectory: trajectory.sample) for group in groups]
+    return await run.ranks.spread(chosen, solve, options.slots, options.samples)
 
 
 def choose_failures(run: Run, tools: Tools, failures: list[FailedStep], rng: random.Random) -> list[FailedStep]:
     """At most as many failures as problems in the round, drawn uniformly, in order; the others leave the memory."""
     chosen = sorted(rng.sample(range(len(failures)), min(len(failures), run.options.problems_per_round)))
     for place in set(range(len(failures))) - set(chosen):
-        tools.engine.free(failures[place].sequence)
+        if failures[place].sequence is not None:
+            tools.engine.free(failures[place].sequence)
     kept = [failures[place] for place in chosen]
     loose = "loose_anchor" in run.options.quirks
     return [loosened(failed, run.options.suffix_tokens) for failed in kept] if loose else kept
 
 
 async def grow_branches(run: Run, tools: Tools, failures: list[FailedStep], number: int) -> list[list[Trajectory]]:
-    """G' branches of each of `failures`."""
+    """G' branches of each of `failures`, by the rank whose engine holds it."""
     options = run.options
     gate, rollout = asyncio.Semaphore(options.slots), options.rollout(number)
-    grown = list(await asyncio.gather(*(
-        branch_group(tools, failed, options.branches, options.branch_limit, rollout, gate) for failed in failures)))
+    held = [place for place, failed in enumerate(failures) if failed.sequence is not None]
+    here = await asyncio.gather(*(branch_group(
+        tools, failures[place], options.branches, options.branch_limit, rollout, gate) for place in held))
+    grown = run.ranks.collect(dict(zip(held, here, strict=True)), len(failures))
     stop_if_lost(grown, "branches", number)
     return grown
 
@@ -381,15 +404,16 @@ def advantages_of(rewards: list[float], options: TrainOptions) -> list[float]:
 @torch.no_grad()
 def score_old(run: Run, groups: Groups) -> None:
     """log π_old of every new sample, by the trainer, with the weights that sampled it (in place, in `groups`)."""
-    places = [(group, index) for group in groups for index in range(len(group))]
-    [packs] = deal_packs([len(group[index].ids) for group, index in places], run.options.pack_tokens)
-    for members in packs:
+    places, scored = [(group, index) for group in groups for index in range(len(group))], {}
+    packs = deal_packs([len(group[index].ids) for group, index in places], run.options.pack_tokens, run.ranks.size)
+    for members in packs[run.ranks.rank]:
         samples = [places[place][0][places[place][1]] for place in members]
-        scored = score(run.model, make_pack(samples, run.options.device), run.options.temperature)[0].tolist()
+        logprobs = score(run.model, make_pack(samples, run.options.device), run.options.temperature)[0].tolist()
         for place, sample in zip(members, samples, strict=True):
-            group, index = places[place]
-            group[index] = replace(sample, old_logprobs=scored[:sample.num_trained])
-            del scored[:sample.num_trained]
+            scored[place] = logprobs[:sample.num_trained]
+            del logprobs[:sample.num_trained]
+    for (group, index), logprobs in zip(places, run.ranks.collect(scored, len(places)), strict=True):
+        group[index] = replace(group[index], old_logprobs=logprobs)
 
 
 def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random,
@@ -417,11 +441,11 @@ def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random,
 def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = None) -> dict[str, float]:
     """Eq. 8 over `samples`: one global count, then each pack adds its share to the gradient."""
     options, loss_options = run.options, run.options.loss
-    [packs] = deal_packs([len(sample.ids) for sample in samples], options.pack_tokens)
-    members = [[samples[place] for place in pack] for pack in packs]
+    packs = deal_packs([len(sample.ids) for sample in samples], options.pack_tokens, run.ranks.size)
+    members = [[samples[place] for place in pack] for pack in packs[run.ranks.rank]]
     laid = [make_pack(group, options.device) for group in members]
     tokens = [loss_tokens(group, pack) for group, pack in zip(members, laid, strict=True)]
-    counts, sums = sum(map(count_tokens, tokens), Counts()), {"loss": 0.0}
+    counts, sums = sum(run.ranks.gather(sum(map(count_tokens, tokens), Counts())), Counts()), {"loss": 0.0}
     for group, pack, known in zip(members, laid, tokens, strict=True):
         logprobs, entropies = score(run.model, pack, options.temperature, with_entropy=options.entropy_weight != 0)
         with torch.no_grad():
@@ -436,13 +460,14 @@ def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = Non
         sums["loss"] += loss.item()
         for name, value in loss_statistics(logprobs, known, loss_options).items():
             sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
+    sums = run.ranks.add_up(sums)
     norm = take_step(run.model, run.optimizer, sums["loss"], options.lr, options.max_grad_norm, run.state.skips)
     skipped = run.state.skips.in_a_row > 0
     if dump:
         dump.update(counts, sums, norm, skipped)
     if run.state.skips.too_many:
-        path = Path(options.out) / "bad_batch.jsonl"
-        path.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+        path, lines = Path(options.out) / "bad_batch.jsonl", [json.dumps(dataclasses.asdict(s)) + "\n" for s in samples]
+        run.ranks.first(lambda: path.write_text("".join(lines)))
         raise ValueError(f"the loss or its gradient was not finite {run.state.skips.in_a_row} steps in a row; the last batch "
                          f"is in {path}")
     run.state.updates += not skipped
@@ -456,11 +481,12 @@ def build_engine(run: Run) -> Engine:
     if longest >= run.model.config.max_context:
         raise ValueError(f"a prompt of {longest} tokens does not fit the model's context of {run.model.config.max_context}")
     context = min(longest + options.max_response_tokens + options.branch_limit, run.model.config.max_context)
-    return make_engine(run.model, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
+    return make_engine(full_copy(run.model), stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
 
 
-def begin(options: TrainOptions) -> Run:
+def begin(options: TrainOptions, ranks: Ranks = Ranks()) -> Run:
     """Model, data and optimizer, from the last checkpoint if there is one."""
+    check_ranks(options, ranks)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -471,16 +497,25 @@ def begin(options: TrainOptions) -> Run:
     problems, evaluation = (read_graded(path) for path in (options.problems, options.eval_problems))
     if options.eval_every and not evaluation:
         raise ValueError("--eval_every needs --eval_problems")
-    start = open_run(Path(options.out), dataclasses.asdict(options), RESUMABLE)
-    model = load_model(start or options.model, torch.float32, options.device)
-    reference = load_model(options.model, torch.float32, options.device) if options.kl_weight else None
+    start = ranks.first(lambda: open_run(Path(options.out), dataclasses.asdict(options), RESUMABLE))
+    model = load_sharded(start or options.model, ranks, options.device)
+    reference = load_sharded(options.model, ranks, options.device) if options.kl_weight else None
     optimizer = make_optimizer(model, options.lr, (0.9, options.beta2), 0.0)
-    run = Run(options, problems, evaluation, template, model, reference, optimizer)
+    run = Run(options, problems, evaluation, template, model, reference, optimizer, ranks)
     if start:
-        saved = load_state(start)
-        optimizer.load_state_dict(saved["optimizer"])
-        run.state = read_state(saved["state"])
+        load_optimizer(ranks, start, model, optimizer)
+        run.state = read_state(load_state(start)["state"])
     return run
+
+
+def check_ranks(options: TrainOptions, ranks: Ranks) -> None:
+    """ValueError for what only one process can do."""
+    alone = {"dump_every": options.dump_every > 0, "sandbox_log": options.sandbox_log is not None,
+             "quirk": not options.quirks.isdisjoint({"pack_means", "success_branch"})}
+    for name, given in alone.items():
+        if given and ranks.size > 1:
+            raise ValueError(f"{name} is {getattr(options, name)!r} and there are {ranks.size} processes; it needs one: "
+                             "leave it out, or start without torchrun")
 
 
 def read_state(saved: dict) -> State:
@@ -491,7 +526,7 @@ def read_state(saved: dict) -> State:
 
 # What may differ between a run and its continuation, because no number in metrics.jsonl depends on it.
 RESUMABLE = ("out", "rounds", "dump_every", "save_every", "keep", "slots", "sandbox", "sandbox_require", "sandbox_log",
-             "sandbox_log_mode")
+             "sandbox_log_mode", "replicas")
 
 
 def read_graded(path: str | None) -> list[Problem]:
@@ -505,8 +540,8 @@ def read_graded(path: str | None) -> list[Problem]:
 
 def save(run: Run, out: Path) -> None:
     """A checkpoint of everything that the next round depends on."""
-    state = {"optimizer": run.optimizer.state_dict(), "state": dataclasses.asdict(run.state)}
-    save_checkpoint(out, run.state.round, run.model, run.options.model, state, run.options.keep)
+    options, state = run.options, {"state": dataclasses.asdict(run.state)}
+    save_checkpoint(run.ranks, out, run.state.round, run.model, run.optimizer, options.model, state, options.keep)
 
 
 def show(bar: tqdm, metrics: dict[str, float | None], timing: dict[str, float]) -> None:

@@ -5,31 +5,33 @@
 FILE holds trajectories as `tirgen.py` and `generate.py` write them, or {"question", "response"} or {"messages": […]}
 lines. The loss is a mean over the trained tokens of a whole optimizer step, the end-of-turn token among them, however
 the step is cut into micro-batches. Killed at any moment, the same command goes on as if nothing had happened.
+On several devices: torchrun --nproc-per-node N train_sft.py …, with weights and gradients divided over them.
 """
 
 import dataclasses
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from thor import config
 from thor.batch import Sample, deal_packs, make_pack, score, trajectory_sample
-from thor.checkpoint import StopRequest, load_state, open_run, save_checkpoint, step_of
+from thor.checkpoint import StopRequest, load_state, open_run, step_of
 from thor.config import option
 from thor.data import read_sft
 from thor.metrics import MetricsLog
 from thor.model import Decoder
 from thor.optimizer import SCHEDULES, Skips, learning_rate, make_optimizer, take_step
+from thor.parallel import Ranks, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.template import INSTRUCTION, Template, load_template
 from thor.trajectory import Trajectory
-from thor.weights import load_model, read_config
+from thor.weights import read_config
 
 # What may differ when a run is continued, because no number in metrics.jsonl depends on it.
-FREE = ("out", "save_every", "keep", "tensorboard")
+FREE = ("out", "save_every", "keep", "tensorboard", "replicas")
 
 
 @dataclass
@@ -61,6 +63,7 @@ class SftOptions:
     save_every: int = option(100, "optimizer steps between checkpoints; the last step is always saved")
     keep: int = option(2, "checkpoints that are kept; 0 keeps all")
     device: str = option("cpu", "cpu or cuda")
+    replicas: int = option(1, "with torchrun: groups of processes that each hold all weights between them (HSDP)")
     dtype: str = option("float32", "of the arithmetic: float32 or bfloat16; weights and moments are float32")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
     tensorboard: bool = option(True, "write TensorBoard files, too")
@@ -76,6 +79,7 @@ class Trainer:
     train: list[Sample]
     held_out: list[Sample]
     skips: Skips
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -91,42 +95,49 @@ class Trainer:
 def main(options: SftOptions) -> None:
     """Train until the last step, from the newest checkpoint if there is one."""
     check(options)
-    out = Path(options.out)
-    train, held_out = read_samples(options)
-    size = {"train_sequences": len(train), "train_tokens": sum(sample.num_trained for sample in train)}
-    checkpoint = open_run(out, dataclasses.asdict(options) | size, FREE)
-    trainer = make_trainer(options, train, held_out, checkpoint)
-    done = 0 if checkpoint is None else step_of(checkpoint)
-    if done == trainer.num_steps:
-        print(f"{checkpoint} is the last of {done} steps: nothing left to do")
-        return
-    log, begun = MetricsLog(out, done, options.tensorboard), time.monotonic()
+    with open_ranks(options.device, options.replicas) as ranks:
+        train, held_out = read_samples(options)
+        size = {"train_sequences": len(train), "train_tokens": sum(sample.num_trained for sample in train)}
+        checkpoint = ranks.first(lambda: open_run(Path(options.out), dataclasses.asdict(options) | size, FREE))
+        trainer = make_trainer(options, train, held_out, checkpoint, ranks)
+        done = 0 if checkpoint is None else step_of(checkpoint)
+        if done < trainer.num_steps:
+            train_from(trainer, done)
+        elif ranks.is_first:
+            print(f"{checkpoint} is the last of {done} steps: nothing left to do")
+
+
+def train_from(trainer: Trainer, done: int) -> None:
+    """The steps after `done`. KeyboardInterrupt, once what was done is saved, if someone asked to stop."""
+    options, out, ranks = trainer.options, Path(trainer.options.out), trainer.ranks
+    log, begun = MetricsLog(out, done, options.tensorboard) if ranks.is_first else None, time.monotonic()
     with StopRequest() as stop:
         for step in range(done + 1, trainer.num_steps + 1):
             started, last = time.monotonic(), step == trainer.num_steps
             metrics = train_step(trainer, step)
             if trainer.held_out and (last or step % options.eval_every == 0):
                 metrics["eval/loss"] = evaluate(trainer)
-            seconds = time.monotonic() - started
-            rate = metrics["train/tokens"] / seconds
-            log.write(step, metrics, {"seconds": seconds, "tokens_per_second": rate})
-            left = (time.monotonic() - begun) / (step - done) * (trainer.num_steps - step)
-            print(progress(step, trainer.num_steps, metrics, rate, left), flush=True)
-            if last or stop.asked or step % options.save_every == 0:
+            if log:
+                now = time.monotonic()
+                report(trainer, log, step, metrics, now - started, (now - begun) / (step - done))
+            stopping = any(ranks.gather(stop.asked))
+            if last or stopping or step % options.save_every == 0:
                 save(trainer, out, step)
-            if stop.asked:
+            if stopping:
                 raise KeyboardInterrupt
-    log.close()
+    if log:
+        log.close()
 
 
 def train_step(trainer: Trainer, step: int) -> dict[str, float | int | None]:
     """One optimizer step over its batch: Eq. 2, accumulated over micro-batches with one count of tokens."""
     options, samples = trainer.options, batch_of(trainer, step)
-    num_tokens, loss = sum(sample.num_trained for sample in samples), 0.0
-    for members in micro_batches(samples, options.micro_tokens):
+    num_tokens, loss = sum(sample.num_trained for sample in samples), 0.0  # over all ranks: each knows the whole batch
+    for members in micro_batches(samples, options.micro_tokens, trainer.ranks):
         share = negative_log_likelihood(trainer, members) / num_tokens  # Eq. 2
         share.backward()
         loss += share.item()
+    loss = trainer.ranks.add_up({"loss": loss})["loss"]
     rate = learning_rate(step, trainer.num_steps, options.lr, options.warmup, options.schedule)
     norm = take_step(trainer.model, trainer.optimizer, loss, rate, options.max_grad_norm, trainer.skips)
     if trainer.skips.too_many:
@@ -148,8 +159,9 @@ def negative_log_likelihood(trainer: Trainer, samples: list[Sample]) -> torch.Te
 @torch.no_grad()
 def evaluate(trainer: Trainer) -> float:
     """Mean loss of the held-out tokens."""
-    packs = micro_batches(trainer.held_out, trainer.options.micro_tokens)
+    packs = micro_batches(trainer.held_out, trainer.options.micro_tokens, trainer.ranks)
     total = sum(negative_log_likelihood(trainer, members).item() for members in packs)
+    total = trainer.ranks.add_up({"loss": total})["loss"]
     return total / sum(sample.num_trained for sample in trainer.held_out)
 
 
@@ -162,10 +174,10 @@ def batch_of(trainer: Trainer, step: int) -> list[Sample]:
     return [trainer.train[i] for i in order[first:end]]
 
 
-def micro_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
-    """The sequences of each forward pass."""
-    [packs] = deal_packs([len(sample.ids) for sample in samples], token_budget)
-    return [[samples[i] for i in members] for members in packs]
+def micro_batches(samples: list[Sample], token_budget: int, ranks: Ranks) -> list[list[Sample]]:
+    """The sequences of each forward pass of this rank; every rank has the same number of them."""
+    packs = deal_packs([len(sample.ids) for sample in samples], token_budget, ranks.size)
+    return [[samples[i] for i in members] for members in packs[ranks.rank]]
 
 
 def read_samples(options: SftOptions) -> tuple[list[Sample], list[Sample]]:
@@ -213,34 +225,44 @@ def fitting(samples: list[Sample], limit: int, name: str) -> list[Sample]:
     return kept
 
 
-def make_trainer(options: SftOptions, train: list[Sample], held_out: list[Sample], checkpoint: Path | None) -> Trainer:
+def make_trainer(options: SftOptions, train: list[Sample], held_out: list[Sample], checkpoint: Path | None,
+                 ranks: Ranks) -> Trainer:
     """Model and optimizer at the beginning, or as they were at `checkpoint`."""
     if not train:
         raise ValueError(f"{options.data}: every record is held out; lower --eval_share")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = load_model(checkpoint or options.model, torch.float32, options.device)
+    compute_dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
+    model = load_sharded(checkpoint or options.model, ranks, options.device, compute_dtype)
     optimizer = make_optimizer(model, options.lr, (options.beta1, options.beta2), options.weight_decay)
     skips = Skips()
     if checkpoint is not None:
-        state = load_state(checkpoint)
-        optimizer.load_state_dict(state["optimizer"])
-        skips = Skips(**state["skips"])
-    return Trainer(options, model, optimizer, train, held_out, skips)
+        load_optimizer(ranks, checkpoint, model, optimizer)
+        skips = Skips(**load_state(checkpoint)["skips"])
+    return Trainer(options, model, optimizer, train, held_out, skips, ranks)
 
 
 def save(trainer: Trainer, out: Path, step: int) -> None:
     """A checkpoint after `step`. Nothing random is left to save: the data's order is a function of the step."""
-    state = {"optimizer": trainer.optimizer.state_dict(), "skips": dataclasses.asdict(trainer.skips)}
-    save_checkpoint(out, step, trainer.model, trainer.options.model, state, trainer.options.keep)
+    options, state = trainer.options, {"skips": dataclasses.asdict(trainer.skips)}
+    save_checkpoint(trainer.ranks, out, step, trainer.model, trainer.optimizer, options.model, state, options.keep)
 
 
 def broken_down(trainer: Trainer, step: int, samples: list[Sample]) -> str:
     """Write the batch down and say where it is."""
     path = Path(trainer.options.out) / f"not_finite_step_{step}.jsonl"
-    path.write_text("".join(json.dumps({"ids": sample.ids, "trained": sample.trained}) + "\n" for sample in samples))
+    lines = (json.dumps({"ids": sample.ids, "trained": sample.trained}) + "\n" for sample in samples)
+    trainer.ranks.first(lambda: path.write_text("".join(lines)))
     return (f"loss or gradient was not finite in {trainer.skips.in_a_row} steps in a row; the last batch is in {path}. "
             f"Lower --lr, or look at that batch")
+
+
+def report(trainer: Trainer, log: MetricsLog, step: int, metrics: dict[str, float | int | None], seconds: float,
+           seconds_per_step: float) -> None:
+    """A step that took `seconds`, to the log and the console."""
+    rate = metrics["train/tokens"] / seconds
+    log.write(step, metrics, {"seconds": seconds, "tokens_per_second": rate})
+    print(progress(step, trainer.num_steps, metrics, rate, seconds_per_step * (trainer.num_steps - step)), flush=True)
 
 
 def progress(step: int, num_steps: int, metrics: dict[str, float | int | None], rate: float, left: float) -> str:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thor.checkpoint import (ASIDE, StopRequest, latest_checkpoint, load_state, open_run, save_checkpoint, step_of,
-                             write_aside)
+from thor.checkpoint import ASIDE, StopRequest, latest_checkpoint, load_state, open_run, step_of, write_aside
+from thor.optimizer import make_optimizer
+from thor.parallel import Ranks, load_optimizer, save_checkpoint
 from thor.weights import load_model
 
 
@@ -25,7 +26,16 @@ def model(tiny_directory):
 def save(directory: Path, step: int, model, tiny_directory: Path, keep: int = 2) -> Path:
     moments = torch.full((500_000,), float(step))
     state = {"step": step, "moments": moments, "carried": ['{"id": "a"}'], "rng": (1, (2, None))}
-    return save_checkpoint(directory, step, model, tiny_directory, state, keep)
+    return save_checkpoint(Ranks(), directory, step, model, stepped(model, step), tiny_directory, state, keep)
+
+
+def stepped(model, step: int) -> torch.optim.AdamW:
+    """An optimizer that took a step which changed no weight, and whose first moments are all `step`."""
+    optimizer = make_optimizer(model, 0.0, (0.0, 0.9), 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float(step))
+    optimizer.step()
+    return optimizer
 
 
 def test_a_checkpoint_is_a_hugging_face_directory_with_the_state_that_was_given(tmp_path, model, tiny_directory):
@@ -73,10 +83,10 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, model, tiny_director
     """Writers are killed at random moments; what bears a checkpoint's name can be loaded and is what it says, always."""
     step, rng, fork = 0, random.Random(0), multiprocessing.get_context("fork")
     open_run(tmp_path, {}, ())
-    for _ in range(15):
+    for number in range(15):
         writer = fork.Process(target=save_for_ever, args=(tmp_path, step + 1, model, tiny_directory))
         writer.start()
-        time.sleep(rng.uniform(0.01, 0.2))
+        time.sleep(rng.uniform(0.01, 0.04 * (number + 1)))
         writer.kill()
         writer.join()
         open_run(tmp_path, {}, ())
@@ -86,6 +96,9 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, model, tiny_director
             step = step_of(checkpoint)
         for path in tmp_path.glob("step_*"):
             assert load_state(path)["moments"].eq(step_of(path)).all()
+            optimizer = make_optimizer(model, 0.0, (0.0, 0.9), 0.0)
+            load_optimizer(Ranks(), path, model, optimizer)
+            assert all(state["exp_avg"].eq(step_of(path)).all() for state in optimizer.state.values())
             assert torch.equal(load_model(path).head_weight, model.head_weight)
     assert step > 0 and not list(tmp_path.glob(f"*{ASIDE}"))
 

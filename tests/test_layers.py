@@ -48,8 +48,8 @@ LAYERS = {
     "weights": {"model"},
     "plan": {"batch", "cache", "config", "model", "weights"},
     "plan_round": {"config", "model", "plan"},
-    "parallel": {"model", "weights"},
-    "checkpoint": {"model", "weights"},
+    "checkpoint": {"weights"},
+    "parallel": {"checkpoint", "model", "plan", "weights"},  # plan for its command line
     "engine": {"attention", "cache", "model", "sampling"},
     "paged_engine": {"attention", "decode_step", "engine", "model", "paged", "paged_attention", "sampling"},
     "clients": {"engine", "paged_engine", "sampling", "template", "weights"},

@@ -1,8 +1,9 @@
 """Checkpoints of a training run: `step_N/` is a Hugging Face directory with the trainer's state beside the weights.
 
 A checkpoint appears whole or not at all: it is written aside, flushed to disk and renamed, then the link `latest` is
-moved to it, and only then are old ones removed, under another name first. A run's config.json belongs to its
-checkpoints: who continues it must have asked for the same.
+moved to it, and only then are old ones removed, under another name first. The optimizer's moments are parallel.py's to
+write, into the directory that stands aside. A run's config.json belongs to its checkpoints: who continues it must have
+asked for the same.
 """
 
 import io
@@ -16,9 +17,9 @@ from types import FrameType
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
-from thor.model import Decoder
-from thor.weights import save_model
+from thor.weights import save_tensors
 
 LATEST, STATE, CONFIG = "latest", "trainer.pt", "config.json"
 ASIDE = ".aside"  # the ending of what is being written or removed
@@ -49,27 +50,33 @@ def open_run(directory: Path, settings: dict[str, object], free: tuple[str, ...]
     return checkpoint
 
 
-def save_checkpoint(directory: Path, step: int, model: Decoder, model_directory: str | Path, state: State,
-                    keep: int) -> Path:
-    """Write `step_N/`, point `latest` to it and remove all but the newest `keep` (0 keeps all).
+def begin_checkpoint(directory: Path, step: int) -> Path:
+    """An empty directory for all of `step_N/`, under another name until `complete_checkpoint`."""
+    aside = directory / f"step_{step}{ASIDE}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def complete_checkpoint(aside: Path, weights: dict[str, Tensor], model_directory: Path, state: State,
+                        keep: int) -> Path:
+    """Add weights and state to what is in `aside` already, give it its name, point `latest` to it and remove all but
+    the newest `keep` (0 keeps all).
 
     `state` may hold tensors, numbers, strings, and lists, tuples and dicts of them. `model_directory` gives config and
     tokenizer. OSError if the disk is full or the like; what was there before is whole then.
     """
-    target = directory / f"step_{step}"
-    aside = target.with_name(target.name + ASIDE)
+    target = aside.with_name(aside.name.removesuffix(ASIDE))
     try:
-        _write(aside, model, Path(model_directory), state)
-        if target.exists():  # of a run that was killed before `latest` moved
-            remove(target)
-        os.rename(aside, target)
+        _write(aside, weights, model_directory, state)
     except SafetensorError as error:
         raise OSError(f"{target} cannot be written ({error}); earlier checkpoints are whole") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    _point(directory / LATEST, target.name)
-    for old in sorted(_steps(directory))[:-keep] if keep else []:
-        remove(directory / f"step_{old}")
+    if target.exists():  # of a run that was killed before `latest` moved
+        remove(target)
+    os.rename(aside, target)
+    _point(target.parent / LATEST, target.name)
+    for old in sorted(_steps(target.parent))[:-keep] if keep else []:
+        remove(target.with_name(f"step_{old}"))
     return target
 
 
@@ -85,7 +92,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def load_state(checkpoint: Path) -> State:
-    """What `save_checkpoint` was given as `state`, on the CPU."""
+    """What `complete_checkpoint` was given as `state`, on the CPU."""
     return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
 
 
@@ -105,9 +112,8 @@ def remove(path: Path) -> None:
     shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
 
 
-def _write(aside: Path, model: Decoder, model_directory: Path, state: State) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(model, aside, model_directory)
+def _write(aside: Path, weights: dict[str, Tensor], model_directory: Path, state: State) -> None:
+    save_tensors(weights, aside, model_directory)
     written = {path.name for path in aside.iterdir()}
     for path in model_directory.iterdir():
         if path.suffix in COPIED and path.name not in written and not path.name.endswith(".index.json"):
@@ -115,7 +121,7 @@ def _write(aside: Path, model: Decoder, model_directory: Path, state: State) -> 
     buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError
     torch.save(state, buffer)
     (aside / STATE).write_bytes(buffer.getbuffer())
-    for path in [*aside.iterdir(), aside]:
+    for path in [*aside.rglob("*"), aside]:
         _flush(path)
 
 

@@ -132,11 +132,12 @@ def rollout_key(options: RolloutOptions, problem_id: str, sample: int, step: int
 class FailedStep:
     """A step whose code failed, with its sequence still in memory: where the step level branches (method, section 4.2).
 
-    `start` is where the step's reasoning r^t begins and `anchor` where r_pre ends, positions in the sequence.
+    `start` is where the step's reasoning r^t begins and `anchor` where r_pre ends, positions in the sequence; `sequence`
+    is None where another process holds it.
     """
 
     trajectory: Trajectory
-    sequence: Sequence
+    sequence: Sequence | None
     start: int
     anchor: int
 
@@ -175,7 +176,7 @@ async def solve_group(tools: Tools, problem: Problem, samples: list[int], option
         engine.free(first)  # not before: its siblings copy the prompt from it
 
 
-def failed_step(trajectory: Trajectory, sequence: Sequence, options: RolloutOptions) -> FailedStep:
+def failed_step(trajectory: Trajectory, sequence: Sequence | None, options: RolloutOptions) -> FailedStep:
     """The last step of a trajectory that ended with a failure, split into r_pre and r_suf (method, section 4.2)."""
     step, prompt = code_steps(trajectory)[-1], len(trajectory.prompt_ids)
     anchor = max(step.start, step.act_start - options.suffix_tokens)

@@ -18,9 +18,12 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32,
+def load_model(directory: str | Path, dtype: torch.dtype | None = torch.float32,
                device: str | torch.device = "cpu") -> Decoder:
-    """The model of a Hugging Face directory, weights in `dtype`. ValueError for what cannot be loaded exactly."""
+    """The model of a Hugging Face directory, weights in `dtype` (None: that of the files, which stay mapped on a CPU).
+
+    ValueError for what cannot be loaded exactly.
+    """
     config = read_config(directory)
     with torch.device("meta"):
         model = Decoder(config)
@@ -36,13 +39,19 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32,
 def save_model(model: Decoder, directory: str | Path, config_directory: str | Path,
                max_shard_size: str = "5GB") -> None:
     """Write weights and config.json; the config is that of `config_directory` with the dtype of the weights."""
+    save_tensors(model.state_dict(), directory, config_directory, max_shard_size)
+
+
+def save_tensors(weights: dict[str, Tensor], directory: str | Path, config_directory: str | Path,
+                 max_shard_size: str = "5GB") -> None:
+    """The same for a model's parameters by name, all of one dtype."""
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     config = _read_json(Path(config_directory) / "config.json")
     config.pop("torch_dtype", None)
-    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_torch_state_dict(tensors, target, max_shard_size=max_shard_size)
 
 

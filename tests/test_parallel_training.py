@@ -1,0 +1,171 @@
+"""The training scripts on two ranks against one: metrics, interruption, an error, a killed rank under torchrun."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import tiny
+from ranks import DEADLINE, finished, start_ranks
+
+import train_rl
+import train_sft
+from thor import config
+from thor.parallel import Ranks, open_ranks
+
+ROOT = Path(__file__).parent.parent
+RL = ["--style", "base", "--instruction", "", "--problems_per_round", "6", "--samples", "4", "--branches", "4",
+      "--updates_per_round", "2", "--max_response_tokens", "60", "--suffix_tokens", "6", "--max_branch_tokens", "40",
+      "--min_response_tokens", "0", "--box_within_last", "0", "--min_group_fraction", "0.25", "--lr", "3e-4",
+      "--nll_weight", "0.1", "--threads", "1", "--slots", "8", "--pack_tokens", "300", "--rounds", "2",
+      "--eval_every", "1",
+      "--groups_per_round", "3", "--max_passes", "2", "--kl_weight", "0.01", "--entropy_weight", "0.001"]
+# What is computed in another order by another number of ranks; everything else in the lines is what was sampled.
+FLOATS = ("policy/",)
+
+
+def lines_of(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_for_lines(out: Path, count: int) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while len(lines_of(out)) < count:
+        assert time.monotonic() < deadline, f"{out} has not got {count} lines of metrics"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def rl_runs(tiny_directory, tmp_path_factory) -> dict[int, list[dict]]:
+    """The metrics of the same rounds on one rank and on two."""
+    directory = tmp_path_factory.mktemp("rl")
+    problems = [{"id": f"{a}+{b}", "question": f"{a}+{b}", "answer": str(a + b)} for a in range(4) for b in range(4)]
+    (directory / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    given = ["--model", str(tiny_directory), "--problems", str(directory / "problems.jsonl"), *RL,
+             "--eval_problems", str(directory / "problems.jsonl")]
+
+    def work(result: Connection) -> None:
+        train_rl.main(config.parse(train_rl.TrainOptions, "", [*given, "--out", str(directory / "2")]))
+        result.send((True, None))
+
+    finished(start_ranks(2, work))
+    train_rl.main(config.parse(train_rl.TrainOptions, "", [*given, "--out", str(directory / "1")]))
+    return {size: lines_of(directory / str(size)) for size in (1, 2)}
+
+
+def test_what_a_round_samples_grades_keeps_and_branches_does_not_depend_on_the_number_of_ranks(rl_runs):
+    """The first round exactly; the second one samples with weights that were summed in another order."""
+    one, two = rl_runs[1][0], rl_runs[2][0]
+    assert one.keys() == two.keys() and one["step/prompts"] > 0 and one["step/num_continued"] > 0
+    assert {name: two[name] for name in one if not name.startswith(FLOATS)} == {
+        name: value for name, value in one.items() if not name.startswith(FLOATS)}
+
+
+def test_the_numbers_of_an_update_agree_between_ranks_to_float32s_rounding(rl_runs):
+    """Relative 1e-3, or 1e-5 where a number is a difference of nearly equal ones."""
+    one, two = rl_runs[1][0], rl_runs[2][0]
+    assert one["policy/updates"] == two["policy/updates"] == 2
+    assert {name: two[name] for name in one if name.startswith(FLOATS)} == {
+        name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in one.items() if name.startswith(FLOATS)}
+    assert [len(lines) for lines in rl_runs.values()] == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def sft_arguments(tmp_path_factory) -> list[str]:
+    """24 steps on 24 written solutions, each step in several packs, the last one short."""
+    directory, rng = tmp_path_factory.mktemp("sft"), random.Random(3)
+    model = tiny.make_model(directory / "model", steps=0)
+    written = [tiny.write_solution(rng) for _ in range(24)]
+    (directory / "data.jsonl").write_text("".join(
+        json.dumps({"question": question, "response": response}) + "\n" for question, _, response in written))
+    return ["--model", str(model), "--data", str(directory / "data.jsonl"), "--style", "base", "--instruction", "",
+            "--epochs", "8", "--batch", "8", "--lr", "3e-3", "--micro_tokens", "150", "--threads", "1",
+            "--save_every", "4",
+            "--eval_share", "0.2", "--eval_every", "3", "--tensorboard", "False"]
+
+
+def start_sft(arguments: list[str], out: Path) -> list[tuple]:
+    """The cold start on two ranks."""
+    def work(result: Connection) -> None:
+        config.run(train_sft.main, train_sft.SftOptions, "", [*arguments, "--out", str(out)])
+        result.send((True, None))
+
+    return start_ranks(2, work)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sft_arguments, tmp_path_factory) -> Path:
+    """The directory of a run on two ranks from beginning to end."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    finished(start_sft(sft_arguments, out))
+    return out
+
+
+def test_ctrl_c_on_one_rank_stops_all_after_the_same_step_and_one_process_can_go_on(
+        sft_arguments, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    started = start_sft([*sft_arguments, "--save_every", "1000"], out)
+    wait_for_lines(out, 2)
+    os.kill(started[1][0].pid, signal.SIGINT)
+    finished(started, codes={130})
+    step = lines_of(out)[-1]["step"]
+    assert os.readlink(out / "latest") == f"step_{step}" != "step_24"
+    train_sft.main(config.parse(train_sft.SftOptions, "", [*sft_arguments, "--out", str(out)]))
+    assert [line["step"] for line in lines_of(out)] == list(range(1, 25))
+    for found, expected in zip(lines_of(out), lines_of(undisturbed), strict=True):
+        assert found == {name: pytest.approx(value, rel=1e-2) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("who", [[1], [0, 1, 2]], ids=["one rank", "all ranks"])
+def test_an_error_is_one_sentence_from_one_rank_and_ends_all(who, capfd):
+    def main(_: train_sft.SftOptions) -> None:
+        with open_ranks("cpu") as ranks:
+            if ranks.rank in who:
+                raise ValueError("enough is enough")
+            ranks.gather(0)
+
+    def work(_: Connection) -> None:
+        config.run(main, train_sft.SftOptions, "", [])
+
+    finished(start_ranks(3, work), codes={1, 2})
+    printed = capfd.readouterr().err
+    assert printed.count("error: enough is enough") == 1 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("more", [["--dump_every", "1"], ["--sandbox_log", "log"], ["--quirk", "pack_means"]])
+def test_what_needs_one_process_says_so(more):
+    options = config.parse(train_rl.TrainOptions, "", ["--model", "m", "--problems", "p", "--out", "o", *more])
+    with pytest.raises(ValueError, match=rf"{more[0][2:]} is .* and there are 2 processes; it needs one"):
+        train_rl.check_ranks(options, Ranks(0, 2))
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_rank_killed_under_torchrun_comes_back_and_the_metrics_are_those_of_an_undisturbed_run(
+        sft_arguments, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+         str(ROOT / "train_sft.py"), *sft_arguments, "--out", str(out)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_lines(out, 7)
+        os.kill(children(job.pid)[1], signal.SIGKILL)
+        _, printed = job.communicate(timeout=DEADLINE)
+    finally:
+        for pid in children(job.pid) if job.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        job.kill()
+    assert job.returncode == 0, printed
+    assert "exitcode: -9" in printed
+    assert os.readlink(out / "latest") == "step_24"
+    assert (out / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
