@@ -32,10 +32,10 @@ def found() -> dict[str, dict]:
 
 def test_every_row_runs_and_every_line_of_the_table_reads_from_it(found):
     table = gpu_report.table(found)
-    assert table.count("not measured") == 1 + 2 + 1  # a CPU's memory is not counted; two rows need a GPU, one twice
+    assert table.count("not measured") == 3  # a CPU's memory is not counted; two rows need a GPU
     assert "failed" not in table
     lines = dict(line.strip("| ").split(" | ")[:2] for line in table.splitlines() if line.startswith("| "))
-    assert len(lines) == len(gpu_report.LINES) + 1
+    assert set(lines) >= {line.title for line in gpu_report.LINES}
     assert lines["self-correction"] == "**10** tokens computed, 110 kept"
     assert "kernels off, graphs off" in lines["decode, 7B shape, one sequence"]
     assert found["rollouts"]["counts"]["slow"]["sampled"] == found["rollouts"]["tokens"] == found["generate"]["tokens"]
@@ -90,11 +90,14 @@ def test_flops_are_those_that_torch_counts():
 
 BLOCKED = """
 import sys
-class Refuse:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"no {{name}} here", name=name)
-sys.meta_path.insert(0, Refuse())
+        return None if name.split(".")[0] in {blocked!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
 sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
 """
 ALWAYS = {"math_verify", "latex2sympy2_extended", "matplotlib", "tensorboard", "pyseccomp", "triton", "pytest"}
