@@ -91,7 +91,7 @@ def main(options: EvaluateOptions) -> None:
 
 
 def evaluate_code(options: EvaluateOptions, out: Path) -> None:
-    """The same for a code benchmark: a response is right if it passes the tests; problems with broken tests are left out."""
+    """The same for a code benchmark, whose tests decide; problems with broken tests are left out."""
     problems = read_code_benchmark(options.benchmark)
     judge = Judge(options.test_seconds, options.sandbox, options.sandbox_require)
     if options.check_canonical:
@@ -124,7 +124,8 @@ def evaluate_code(options: EvaluateOptions, out: Path) -> None:
 def check_canonical(options: EvaluateOptions, verdicts: dict[str, Verdict], out: Path) -> None:
     """Write and print which of the benchmark's own solutions fail its tests; SystemExit(1) if any does."""
     failed = {problem: asdict(verdict) for problem, verdict in verdicts.items() if not verdict.passed}
-    out.write_text(json.dumps({"benchmark": options.benchmark, "problems": len(verdicts), "failed": failed}, indent=2) + "\n")
+    found = {"benchmark": options.benchmark, "problems": len(verdicts), "failed": failed}
+    out.write_text(json.dumps(found, indent=2) + "\n")
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} solutions of {options.benchmark} pass its tests · {out}")
     if failed:
         raise SystemExit(1)

@@ -19,8 +19,8 @@ INSTRUCTION = """Reason step by step. To try something, write a Python block tha
 print(2 ** 10)
 ```
 Its output follows in an output block, and you go on from there. Every block runs by itself: import what it needs, and \
-do not use names of an earlier block. The last Python block is your answer: write the complete solution in it, with its \
-imports, and print an example below it."""
+do not use names of an earlier block. The last Python block is your answer: write the complete solution in it, with \
+its imports, and print an example below it."""
 
 TEXT_INSTRUCTION = "Answer with the complete solution, with its imports, in one Python block."
 
@@ -30,7 +30,7 @@ FUTURE = re.compile(r"^from __future__ import [^\n]*\n", re.MULTILINE)
 
 
 def code_instruction(style: str, max_code_rounds: int, problems: list[CodeProblem]) -> str:
-    """The instruction where none is given: to complete a file in base style without code rounds, else to answer in a block."""
+    """The instruction where none is given: to complete a file in base style without code rounds, else a block."""
     if max_code_rounds:
         return INSTRUCTION
     return QUESTION if style == "base" and all(problem.completion for problem in problems) else TEXT_INSTRUCTION
@@ -65,7 +65,7 @@ def _block(piece: tuple[str, str]) -> str | None:
 
 
 def assembled(problem: CodeProblem, block: str) -> str:
-    """The block in its surroundings: after the imports and helpers of its task, or, if it is only a body, after the head."""
+    """The block where it belongs: after its task's imports and helpers, or, if it is only a body, after the head."""
     if problem.completion and _is_body(block) and not _defines(block, problem.entry):
         return problem.completion + block
     first = "".join(FUTURE.findall(block))  # these have to come first

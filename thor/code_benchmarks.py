@@ -1,9 +1,9 @@
 """Code benchmarks: their public formats as problems with tests, by name or from a local file.
 
-HumanEval and HumanEval+ (one format), MBPP, its sanitized version and MBPP+, LiveCodeBench with functions and with whole
-programs. A local file is JSON lines, .gz too, as the Hugging Face hub or the benchmark's authors give it; its first line
-decides which format it is, and every line must have it. Invariant: what a problem asks (`task`, `completion`, `context`)
-and its tests are apart: a model reads the former, the latter go to the tests' process alone (code_tests.py).
+HumanEval and HumanEval+ (one format), MBPP, its sanitized version and MBPP+, LiveCodeBench with functions and with
+whole programs. A local file is JSON lines, .gz too, as the Hugging Face hub or its authors give it; its first line
+decides which format it is, and every line must have it. Invariant: what a problem asks (`task`, `completion`,
+`context`) and its tests are apart: a model reads the former, the latter go to the tests' process (code_tests.py).
 """
 
 import ast
@@ -78,7 +78,8 @@ def _mbpp(record: dict, where: str, setup: str, tests: str, text: str) -> CodePr
     entry = next((name for name in called if re.search(rf"\b{name}\b", first)), called[0])
     suite = Suite(setup, tests, tuple((name, name) for name in called), code)
     task = f"{text.strip()}\n\nYour code should pass this test:\n\n```python\n{first}\n```"
-    return CodeProblem(f"mbpp/{record['task_id']}", task, f'"""\n{text.strip()}\n{first}\n"""\n', "", entry, (suite,), code)
+    completion = f'"""\n{text.strip()}\n{first}\n"""\n'
+    return CodeProblem(f"mbpp/{record['task_id']}", task, completion, "", entry, (suite,), code)
 
 
 def called_functions(where: str, code: str, tests: str) -> list[str]:
@@ -103,8 +104,9 @@ def livecodebench(record: dict, where: str) -> CodeProblem:
     starter, statement = record["starter_code"], record["question_content"].strip()
     kinds = {case["testtype"] for case in cases}
     if kinds not in ({"stdin"}, {"functional"}) or (kinds == {"functional"}) != bool(method):
-        raise ValueError(f"{where}: tests of kind {', '.join(sorted(map(str, kinds))) or 'none'} and func_name {method!r}; "
-                         "they must all be stdin, without one, or all functional, with one")
+        named = ", ".join(sorted(map(str, kinds))) or "none"
+        raise ValueError(f"{where}: tests of kind {named} and func_name {method!r}; they "
+                         "must all be stdin, without one, or all functional, with one")
     if method is None:
         task = f"{statement}\n\nWrite a whole Python program that reads standard input and prints the answer."
         tests = tuple(Program(case["input"], case["output"]) for case in cases)
@@ -118,7 +120,8 @@ def _method_test(where: str, method: str, case: dict) -> Suite:
     """One call with one argument a line, JSON each; a tuple is as good as a list, as in LiveCodeBench's own scorer."""
     args = tuple(_json(where, line) for line in case["input"].strip().split("\n"))
     expected = _json(where, case["output"])
-    plain = "def plain(value):\n    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value\n"
+    plain = ("def plain(value):\n"
+             "    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value\n")
     call = dumps([method, encode(args, describe), encode({}, describe)])
     return Suite(plain, f"assert plain(method(*{args!r})) == {expected!r}\n", (("method", method),), calls=(call,))
 
@@ -184,7 +187,7 @@ def is_code_benchmark(name: str) -> bool:
 
 
 def read_code_benchmark(name: str) -> list[CodeProblem]:
-    """The problems of a local file or of a named benchmark. ValueError that says what is wrong or would work instead."""
+    """The problems of a local file or a named benchmark. ValueError that says what is wrong or would work instead."""
     if Path(name).is_file():
         return problems(read_records(name))
     if name == "humaneval" and (packed := _humaneval_file()) is not None:
@@ -237,5 +240,6 @@ def _humaneval_file() -> resources.abc.Traversable | None:
 def _livecodebench_records(name: str) -> list[dict]:
     """A release of LiveCodeBench, whose files on the hub follow each other: test.jsonl, test2.jsonl …"""
     release = int(name.partition("-v")[2] or RELEASES)
-    files = [f"hf://datasets/{LIVECODEBENCH}/test{number if number > 1 else ''}.jsonl" for number in range(1, release + 1)]
+    parts = ["", *map(str, range(2, release + 1))]
+    files = [f"hf://datasets/{LIVECODEBENCH}/test{part}.jsonl" for part in parts]
     return download(name, Benchmark("json", "train", files=tuple(files)))

@@ -112,7 +112,7 @@ def trouble(error: BaseException) -> dict[str, list[str]]:
 
 
 def find(module: types.ModuleType, name: str) -> Callable:
-    """A function of the candidate's; `Solution.f` is the method of a fresh Solution. AttributeError if there is none."""
+    """A function of the candidate's; `Solution.f` is a method of a fresh Solution. AttributeError if there is none."""
     owner, _, function = name.rpartition(".")
     return getattr(getattr(module, owner)(), function) if owner else getattr(module, name)
 
@@ -132,7 +132,7 @@ def answer(module: types.ModuleType, call: str) -> str:
 
 
 def serve(source: str, calls: list[str]) -> None:
-    """The candidate's process: run its source, then make the calls; a line for the former and for each of the latter."""
+    """The candidate's process: run its source, then make the calls; a line for the source and one for each call."""
     answers = take_stdout()
     module = sys.modules["candidate"] = types.ModuleType("candidate")
     loaded = load(source, module)
@@ -170,8 +170,8 @@ def feed(source: str, text: str) -> None:
 class Line:
     """The tests' end: calls in the order in which they are made, with the answers that the candidate gave to `known`.
 
-    `verdict` is set by what ends the tests from here: a call that was never answered, or a candidate that did not get so
-    far. `raised` is the exception that the last call handed on.
+    `verdict` is set by what ends the tests from here: a call that was never answered, or a candidate that did not get
+    so far. `raised` is the exception that the last call handed on.
     """
 
     def __init__(self, known: list[str], answers: list[str]):
@@ -213,7 +213,7 @@ class Line:
 
     def refuse(self, value: object) -> Data:
         """An argument that cannot travel is the tests' doing."""
-        self.stop("wrong_answer", f"the tests call with a {type(value).__name__}, which cannot be sent to another process")
+        self.stop("wrong_answer", f"the tests call with a {type(value).__name__}, which cannot go to another process")
 
     def stop(self, kind: str, detail: str) -> None:
         """End the tests with this verdict."""
@@ -222,7 +222,7 @@ class Line:
 
 
 class Reference(Line):
-    """The same line with the benchmark's own solution at its end, in this process: it tells which calls will be made."""
+    """The same line with the benchmark's own solution at its end, in this process: it tells which calls are made."""
 
     def __init__(self, source: str):
         super().__init__([], [])
@@ -236,7 +236,7 @@ class Reference(Line):
 
 
 def exception(name: str, text: str) -> BaseException:
-    """A built-in exception by its name, for tests that expect one; any other is an Exception that has it in its text."""
+    """A built-in exception by its name, for tests that expect one; any other is an Exception with it in its text."""
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
@@ -258,7 +258,7 @@ def check(suite: dict[str, str | dict[str, str]], known: list[str] | None, answe
 
 
 def make_line(suite: dict, known: list[str] | None, answers: str) -> Line:
-    """The line that the tests will call. The first answer says how the candidate's source ran: the rest are to calls."""
+    """The line that the tests will call. The first answer is how the candidate's source ran, the rest are to calls."""
     if known is None:
         return Reference(suite["reference"])
     lines = answers.split("\n")[:-1]  # what follows the last newline is half an answer

@@ -23,8 +23,8 @@ MAX_JUDGED = 16  # at a time: a sandbox has 8 workers, and what waits holds its 
 MAX_ROUNDS = 32  # in which tests may make calls that depend on earlier answers
 
 PASSED, NO_CODE, BROKEN, INFRASTRUCTURE = "passed", "no_code", "broken_tests", "infrastructure"
-KINDS = (PASSED, NO_CODE, "syntax_error", "missing_function", "wrong_answer", "exception", "exited", "timeout", "memory",
-         "output_limit", BROKEN, INFRASTRUCTURE)
+KINDS = (PASSED, NO_CODE, "syntax_error", "missing_function", "wrong_answer", "exception", "exited", "timeout",
+         "memory", "output_limit", BROKEN, INFRASTRUCTURE)
 LIMITS = {"timeout": "timeout", "memory": "memory", "output-limit": "output_limit", "infrastructure": INFRASTRUCTURE}
 
 
@@ -65,7 +65,7 @@ class Verdict:
 
 
 class Judge:
-    """Judges candidates; use as `async with Judge() as judge`. `cpu_seconds` is for all calls of one suite, or one program."""
+    """Judges candidates; use as `async with Judge() as judge`. `cpu_seconds` is for all calls of a suite."""
 
     def __init__(self, cpu_seconds: float = 10.0, sandbox: str = "local", require: str = "best"):
         self.candidates, self.checks = (open_sandbox(sandbox, cpu_seconds, require, output_bytes=OUTPUT_BYTES)
@@ -87,7 +87,7 @@ class Judge:
         await self.checks.__aexit__()
 
     async def judge(self, tests: tuple[Suite | Program, ...], source: str | None) -> Verdict:
-        """The first failure, or passed; no source is `no_code`. `broken_tests` if the benchmark's own solution fails."""
+        """The first failure, or passed; no source: `no_code`; the benchmark's own solution fails: `broken_tests`."""
         async with self._gate:
             judged = await self.own_solution(tests)
             if judged.passed and source is None:

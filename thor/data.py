@@ -27,7 +27,7 @@ class Problem:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(line number, line) of the non-blank lines, of a .gz as well. ValueError for no file or bytes that are not UTF-8."""
+    """(line number, line) of the non-blank lines, of a .gz too. ValueError for no file or bytes that are not UTF-8."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist or is not a file")
     with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
