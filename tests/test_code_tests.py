@@ -162,6 +162,7 @@ def verdicts() -> dict:
     """Of all that these tests are about, by name: the sandboxes are opened once."""
     wanted = {("right", name): (PROBLEMS[name].tests, PROBLEMS[name].context + case.right) for name, case in CASES.items()}
     wanted |= {key: (PROBLEMS[key[0]].tests, PROBLEMS[key[0]].context + source) for key, (source, _) in MUTANTS.items()}
+    wanted["chatty",] = ((INCREMENT,), "print('{}')\nimport os\n" + DEF + "print(x); os.write(1, b'1\\n'); return x + 1")
     wanted |= {("cheat", name): ((INCREMENT,), source) for name, (source, _) in CHEATS.items()}
     wanted |= {("spy", name): ((INCREMENT,), source) for name, source in SPIES.items()}
     wanted |= {("told spy", name): ((INCREMENT,), TOLD + source.replace("47", "08")) for name, source in SPIES.items()}
@@ -181,6 +182,10 @@ def test_a_right_answer_in_each_format_passes(verdicts, name):
 @pytest.mark.parametrize("name, fault", MUTANTS)
 def test_a_wrong_answer_in_each_format_fails_for_the_right_reason(verdicts, name, fault):
     assert verdicts[name, fault].kind == MUTANTS[name, fault][1]
+
+
+def test_a_right_answer_may_print_while_it_is_called(verdicts):
+    assert verdicts["chatty",] == Verdict("passed")
 
 
 @pytest.mark.parametrize("name", CHEATS)
