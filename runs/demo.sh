@@ -97,4 +97,6 @@ if [ "$HARD" = 1 ]; then  # trajectory RL once more, for as long as the step lev
     evaluate_all t4-long-0 t4-long-4
 fi
 python runs/demo_table.py "$OUT"
+PLAIN=${OUT/-thinking/}
+[ "$PLAIN" = "$OUT" ] || [ ! -f "$PLAIN/table.md" ] || python runs/demo_table.py --out "$OUT" --beside "$PLAIN"
 echo "every token of the last round of T5, as a page: python -m thor.report $OUT/t5"

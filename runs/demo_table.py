@@ -2,6 +2,7 @@
 
     python runs/demo_table.py out/demo
     python runs/demo_table.py out/demo,out/demo-1,out/demo-2     # means over seeds
+    python runs/demo_table.py --out out/demo-thinking --beside out/demo     # two demos, row by row
 """
 
 import json
@@ -35,6 +36,7 @@ class Options:
     """One flag a field."""
 
     out: str = config.required("directory of the demo, or several, separated by commas, for means over seeds")
+    beside: str | None = config.option(None, "directory of another demo, whose rows stand beside this one's")
     equal_rounds: bool = config.option(False, "print how many rounds of T4 take as long as T5 did, and nothing else")
 
 
@@ -44,6 +46,9 @@ def main(options: Options) -> None:
         print(means([Path(name) for name in options.out.split(",")]))
         return
     out = Path(options.out)
+    if options.beside is not None:
+        print(side_by_side([out, Path(options.beside)]))
+        return
     if options.equal_rounds:
         print(equal_rounds(out))
         return
@@ -80,6 +85,21 @@ def means(outs: list[Path]) -> str:
     return "\n".join(parts)
 
 
+def side_by_side(outs: list[Path]) -> str:
+    """Accuracy and pass rate of each row in each of the demos; a row that one of them has not (yet) is left out."""
+    parts = []
+    for temperature in ("1.0", "0.6"):
+        parts += [f"Temperature {temperature}", "", "| | " + " | ".join(
+            f"{what}, {out.name}" for what in ("accuracy", "pass rate") for out in outs) + " |", "| --- " * 5 + "|"]
+        for name, run in ROWS.items():
+            if all(json_of(out, temperature, *run).is_file() for out in outs):
+                found = [metrics_of(out, temperature, *run) for out in outs]
+                cells = [accuracy_of(metrics) for metrics in found] + [metrics["execution_pass_rate"] for metrics in found]
+                parts.append(f"| {name} | " + " | ".join(map(cell, cells)) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
 def mean_cell(values: list[float | None]) -> str:
     """mean (each)."""
     if None in values:
@@ -87,9 +107,14 @@ def mean_cell(values: list[float | None]) -> str:
     return f"{sum(values) / len(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
 
 
+def json_of(out: Path, temperature: str, model: str, corrections: int) -> Path:
+    """Where an evaluation's numbers are."""
+    return out / f"{model}-{temperature}-{corrections}.json"
+
+
 def metrics_of(out: Path, temperature: str, model: str, corrections: int) -> dict[str, dict]:
     """The metrics of one evaluation."""
-    return json.loads((out / f"{model}-{temperature}-{corrections}.json").read_text())["metrics"]
+    return json.loads(json_of(out, temperature, model, corrections).read_text())["metrics"]
 
 
 def accuracy_of(metrics: dict[str, dict]) -> dict:

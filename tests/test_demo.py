@@ -56,6 +56,19 @@ def test_the_time_of_the_rounds_is_shared_out_and_adds_up(two_runs):
                                                    "T5: 15 s of rounds, sampling 60%, executing 30%, training 10%")
 
 
+def test_two_demos_stand_side_by_side_in_the_rows_that_both_have(tmp_path):
+    for name, accuracy in (("demo-thinking", 0.75), ("demo", 0.5)):
+        (tmp_path / name).mkdir()
+        value = {"value": accuracy, "low": 0.0, "high": 1.0}
+        metrics = {"metrics": {"avg@2": value, "execution_pass_rate": value | {"value": accuracy / 2}}}
+        for row in ("t3-1.0-0", *(["t4-1.0-0"] if name == "demo" else [])):
+            (tmp_path / name / f"{row}.json").write_text(json.dumps(metrics))
+    table = demo_table.side_by_side([tmp_path / "demo-thinking", tmp_path / "demo"])
+    [row] = [line for line in table.splitlines() if line.startswith("| T")]
+    assert [part.split()[0] for part in row.split("|")[2:6]] == ["0.750", "0.500", "0.375", "0.250"]
+    assert "accuracy, demo-thinking | accuracy, demo | pass rate, demo-thinking" in table
+
+
 def test_means_over_seeds_stand_beside_each_seeds_value_and_what_is_missing_is_a_dash():
     assert demo_table.mean_cell([0.25, 0.75]) == "0.500 (0.250, 0.750)"
     assert demo_table.mean_cell([0.25, None]) == "–"
