@@ -28,7 +28,7 @@ OUTPUT = "\n```output\n7\n```\n"
 
 
 class Dictated:
-    """An engine that writes the given texts, and an EOS at the end of each but where `open` says that it goes on."""
+    """An engine that writes the given texts, with an EOS at the end of each; nothing that is appended changes them."""
 
     max_tokens = 10_000
 
@@ -199,7 +199,8 @@ def test_no_room_for_the_words_that_close_the_thoughts_is_a_length():
 
 
 def test_a_reasoning_trajectory_survives_its_file():
-    found = written(f"<think>\nAgain.\n{FAILS}Again.\n{CODE}{'a' * 60}\\boxed{{7}}", max_thinking_tokens=50, suffix_tokens=7)
+    solution = f"<think>\nAgain.\n{FAILS}Again.\n{CODE}{'a' * 60}\\boxed{{7}}"
+    found = written(solution, max_thinking_tokens=50, suffix_tokens=7)
     assert found.attempts and found.thinking and from_json(to_json(found)) == found
 
 
@@ -225,9 +226,10 @@ def branches_in(tools: Tools, failed: FailedStep, options: RolloutOptions, count
 
 
 def test_a_branch_inside_think_is_one_step_and_one_that_leaves_it_has_no_code():
-    tools, failed, options = failed_in(f"<think>\nAdd.\nAgain.\n{FAILS}", ["Again.\n</think>\n\n\\boxed{7}", f"Again.\n{CODE}"])
+    grown = ["Again.\n</think>\n\n\\boxed{7}", f"Again.\n{CODE}"]
+    tools, failed, options = failed_in(f"<think>\nAdd.\nAgain.\n{FAILS}", grown)
     left, ran = branches_in(tools, failed, options, 2)
-    assert TEMPLATE.decode(ran.prompt_ids).endswith("<think>\nAdd.\n") and TEMPLATE.decode(ran.response_ids) == f"Again.\n{CODE}"
+    assert TEMPLATE.decode(ran.prompt_ids).endswith("<think>\nAdd.\n") and TEMPLATE.decode(ran.response_ids) == grown[1]
     assert (ran.finish, ran.executions[0].passed, ran.thinking) == ("rounds", True, True)
     assert (left.finish, left.executions) == ("eos", []) and all(loss_mask(ran.spans, len(ran.response_ids)))
 
@@ -257,7 +259,8 @@ def test_rl_keeps_a_reasoning_trajectory_whose_box_stands_at_the_end_of_its_answ
 
 
 def test_only_the_answer_after_think_earns_the_reward():
-    right, thought = written(f"<think>\n{CODE}</think>\n\n\\boxed{{7}}"), written(f"<think>\n{CODE}\\boxed{{7}}\n</think>\n\n")
+    right = written(f"<think>\n{CODE}</think>\n\n\\boxed{{7}}")
+    thought = written(f"<think>\n{CODE}\\boxed{{7}}\n</think>\n\n")
     for found in (right, thought):
         found.correct = found.boxed == found.answer
     assert (trajectory_reward(right), trajectory_reward(thought)) == (1.0, 0.0)

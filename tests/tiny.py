@@ -20,10 +20,12 @@ CHAT = ("{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}Solution:\n{% endif %}")
 # As Qwen3's: the thoughts of earlier turns are left out, and where thinking is off the turn begins with an empty <think>.
 QWEN3 = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
-         "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+         "{{ m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content }}<|im_end|>\n"
+         "{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n"
          "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
-ALWAYS_THINKS = QWEN3.replace("<think>\n\n</think>\n\n{% endif %}", "{% endif %}<think>\n")  # the prompt opens it, whatever is asked
+# as those Qwen3 that always think: the prompt opens the <think>, whatever is asked
+ALWAYS_THINKS = QWEN3.replace("<think>\n\n</think>\n\n{% endif %}", "{% endif %}<think>\n")
 
 
 def make_tokenizer(thinking: bool = False) -> PreTrainedTokenizerFast:
