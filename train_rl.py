@@ -30,11 +30,11 @@ from thor.engine import Engine
 from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories, stop_if_lost
 from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
 from thor.metrics import MetricsLog
-from thor.model import Decoder
-from thor.optimizer import Skips, make_optimizer, take_step
+from thor.model import Decoder, compile_layers
+from thor.optimizer import Skips, check_arithmetic, make_optimizer, take_step
 from thor.parallel import Ranks, full_copy, load_optimizer, load_sharded, open_ranks, save_checkpoint
-from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.paged_engine import make_engine
+from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.reward import grade, trajectory_reward
 from thor.rl_evaluation import Evaluation, evaluate
 from thor.rl_metrics import all_executions, step_metrics, trajectory_metrics
@@ -105,6 +105,10 @@ class TrainOptions:
     sandbox_log_mode: str = option("record", "record, replay (run nothing) or cache (run what is deterministic once)")
     cpu_seconds: float = option(10.0, "CPU time of one code block, past which it has failed")
     device: str = option("cpu", "cpu or cuda")
+    dtype: str = option("float32", "of arithmetic and sampler: float32 or bfloat16; weights and moments are float32")
+    checkpoint_layers: bool = option(False, "keep layers' inputs only, compute the rest again in the backward pass")
+    compile: bool = option(False, "torch.compile of norms and feed-forward (cuda)")
+    offload: bool = option(False, "weights' shares, gradients and moments on the CPU (cuda, bfloat16)")
     replicas: int = option(1, "with torchrun: groups of processes that each hold all weights between them (HSDP)")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
 
@@ -123,11 +127,17 @@ class TrainOptions:
             raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
                              f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
         self.joint = self.joint or "mixed_normaliser" in self.quirks
+        check_arithmetic(self.device, self.dtype, self.compile, self.offload)
 
     @property
     def quirks(self) -> frozenset[str]:
         """Names of thor/quirks.py."""
         return parse_quirks(self.quirk)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of arithmetic and sampler, where it is not the weights'."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else None
 
     @property
     def branch_limit(self) -> int:
@@ -193,7 +203,7 @@ class Sampled:
 
 def main(options: TrainOptions) -> None:
     """Rounds of: sample, branch, filter, score, update."""
-    with open_ranks(options.device, options.replicas) as ranks:
+    with open_ranks(options.device, options.replicas, options.dtype == "bfloat16") as ranks:
         run, out = begin(options, ranks), Path(options.out)
         if run.state.round >= options.rounds:
             if ranks.is_first:
@@ -481,7 +491,8 @@ def build_engine(run: Run) -> Engine:
     if longest >= run.model.config.max_context:
         raise ValueError(f"a prompt of {longest} tokens does not fit the model's context of {run.model.config.max_context}")
     context = min(longest + options.max_response_tokens + options.branch_limit, run.model.config.max_context)
-    return make_engine(full_copy(run.model), stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
+    sampler = full_copy(run.model, options.compute_dtype, options.device)
+    return make_engine(sampler, stop_ids(run.template.tokenizer, options.model), 2 * options.slots, context)
 
 
 def begin(options: TrainOptions, ranks: Ranks = Ranks()) -> Run:
@@ -498,8 +509,11 @@ def begin(options: TrainOptions, ranks: Ranks = Ranks()) -> Run:
     if options.eval_every and not evaluation:
         raise ValueError("--eval_every needs --eval_problems")
     start = ranks.first(lambda: open_run(Path(options.out), dataclasses.asdict(options), RESUMABLE))
-    model = load_sharded(start or options.model, ranks, options.device)
-    reference = load_sharded(options.model, ranks, options.device) if options.kl_weight else None
+    model, reference = (directory and load_sharded(directory, ranks, options.device, options.compute_dtype, options.offload)
+                        for directory in (start or options.model, options.model if options.kl_weight else None))
+    model.checkpoint_layers = options.checkpoint_layers
+    if options.compile:
+        compile_layers(model)
     optimizer = make_optimizer(model, options.lr, (0.9, options.beta2), 0.0)
     run = Run(options, problems, evaluation, template, model, reference, optimizer, ranks)
     if start:

@@ -23,8 +23,8 @@ from thor.checkpoint import StopRequest, load_state, open_run, step_of
 from thor.config import option
 from thor.data import read_sft
 from thor.metrics import MetricsLog
-from thor.model import Decoder
-from thor.optimizer import SCHEDULES, Skips, learning_rate, make_optimizer, take_step
+from thor.model import Decoder, compile_layers
+from thor.optimizer import SCHEDULES, Skips, check_arithmetic, learning_rate, make_optimizer, take_step
 from thor.parallel import Ranks, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.template import INSTRUCTION, Template, load_template
 from thor.trajectory import Trajectory
@@ -65,6 +65,9 @@ class SftOptions:
     device: str = option("cpu", "cpu or cuda")
     replicas: int = option(1, "with torchrun: groups of processes that each hold all weights between them (HSDP)")
     dtype: str = option("float32", "of the arithmetic: float32 or bfloat16; weights and moments are float32")
+    checkpoint_layers: bool = option(False, "keep layers' inputs only, compute the rest again in the backward pass")
+    compile: bool = option(False, "torch.compile of norms and feed-forward (cuda)")
+    offload: bool = option(False, "weights' shares, gradients and moments on the CPU (cuda, bfloat16)")
     threads: int = option(0, "CPU threads of torch; 0 leaves its default")
     tensorboard: bool = option(True, "write TensorBoard files, too")
 
@@ -95,7 +98,7 @@ class Trainer:
 def main(options: SftOptions) -> None:
     """Train until the last step, from the newest checkpoint if there is one."""
     check(options)
-    with open_ranks(options.device, options.replicas) as ranks:
+    with open_ranks(options.device, options.replicas, options.dtype == "bfloat16") as ranks:
         train, held_out = read_samples(options)
         size = {"train_sequences": len(train), "train_tokens": sum(sample.num_trained for sample in train)}
         checkpoint = ranks.first(lambda: open_run(Path(options.out), dataclasses.asdict(options) | size, FREE))
@@ -149,10 +152,7 @@ def train_step(trainer: Trainer, step: int) -> dict[str, float | int | None]:
 
 def negative_log_likelihood(trainer: Trainer, samples: list[Sample]) -> torch.Tensor:
     """− Σ_t log π_θ(r^t, a^t | h^t) over the trained tokens of some sequences, at temperature 1."""
-    options = trainer.options
-    pack = make_pack(samples, options.device)
-    with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-        logprobs, _ = score(trainer.model, pack)
+    logprobs, _ = score(trainer.model, make_pack(samples, trainer.options.device))
     return -logprobs.sum()
 
 
@@ -233,7 +233,10 @@ def make_trainer(options: SftOptions, train: list[Sample], held_out: list[Sample
     if options.threads:
         torch.set_num_threads(options.threads)
     compute_dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
-    model = load_sharded(checkpoint or options.model, ranks, options.device, compute_dtype)
+    model = load_sharded(checkpoint or options.model, ranks, options.device, compute_dtype, options.offload)
+    model.checkpoint_layers = options.checkpoint_layers
+    if options.compile:
+        compile_layers(model)
     optimizer = make_optimizer(model, options.lr, (options.beta1, options.beta2), options.weight_decay)
     skips = Skips()
     if checkpoint is not None:
@@ -290,9 +293,9 @@ def check(options: SftOptions) -> None:
     for name in ("lr", "max_grad_norm"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be above 0")
-    for name, allowed in (("schedule", SCHEDULES), ("dtype", ("float32", "bfloat16"))):
-        if getattr(options, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(options, name)!r}; it must be one of {', '.join(allowed)}")
+    if options.schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {options.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    check_arithmetic(options.device, options.dtype, options.compile, options.offload)
 
 
 if __name__ == "__main__":

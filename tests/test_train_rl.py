@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_rl
 from thor import config
@@ -277,3 +278,27 @@ def test_ctrl_c_ends_after_the_round_and_saves(tiny_directory, problems, tmp_pat
     assert process.wait(60) == 130
     step = int(os.readlink(out / "latest").removeprefix("step_"))
     assert step == metrics_of(out)[-1]["step"] < 50
+
+
+def test_a_round_in_bfloat16_keeps_float32_weights_and_continues_from_its_checkpoint(tiny_directory, problems, tmp_path):
+    """The arithmetic and the sampler are bfloat16, on a mesh of one; what is saved is what float32 sums made."""
+    more = ("--dtype", "bfloat16", "--checkpoint_layers", "True", "--updates_per_round", "2")
+    for out, rounds in (("whole", ("2",)), ("halves", ("1", "2"))):
+        for number in rounds:
+            train(*arguments(tiny_directory, problems, tmp_path / out, "--rounds", number, *more))
+    whole, halves = (metrics_of(tmp_path / out) for out in ("whole", "halves"))
+    assert whole == halves and whole[1]["policy/updates"] == 2
+    assert 1e-4 < whole[0]["policy/sampler_gap"] < 0.1, "two roundings of the same numbers: not equal, and not far apart"
+    weights = load_file(tmp_path / "whole" / "latest" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "masters are not rounded"
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--dtype", "float16"], "dtype is 'float16'"),
+    (["--compile", "True"], "compile and offload are for --device cuda"),
+    (["--offload", "True", "--device", "cuda"], "offload needs --dtype bfloat16"),
+])
+def test_arithmetic_that_there_is_not_is_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        config.parse(TrainOptions, "", ["--model", "m", "--problems", "p", "--out", "o", *more])

@@ -27,6 +27,16 @@ class Skips:
         return self.in_a_row >= MAX_SKIPPED_IN_A_ROW
 
 
+def check_arithmetic(device: str, dtype: str, compile_layers: bool, offload: bool) -> None:
+    """ValueError for a dtype that is none, and for what only makes sense on CUDA."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
+    if (compile_layers or offload) and not device.startswith("cuda"):
+        raise ValueError(f"compile and offload are for --device cuda, and device is {device!r}")
+    if offload and dtype != "bfloat16":
+        raise ValueError(f"offload needs --dtype bfloat16, and dtype is {dtype!r}")
+
+
 def make_optimizer(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW over all parameters; only matrices decay, norms and biases do not. One fused kernel on CUDA."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]

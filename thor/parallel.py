@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from thor.checkpoint import State, begin_checkpoint, complete_checkpoint
@@ -131,22 +131,25 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(device: str, replicas: int = 1, patience: timedelta = PATIENCE) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or a world of one.
+def open_ranks(device: str, replicas: int = 1, mixed: bool = False, patience: timedelta = PATIENCE) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or a world of one, which has a mesh only if it is `mixed`.
 
-    `replicas` groups of ranks each hold all weights between them, gradients are summed over both (HSDP): one group a
+    Mixed precision is FSDP2's: float32 shares, of which a layer at a time is gathered in bfloat16, so that one process
+    computes and sums as many do; it needs a mesh, be it of one. `replicas` groups of ranks each hold all weights between them, gradients are summed over both (HSDP): one group a
     machine keeps the traffic of weights inside it. ValueError if the ranks cannot be divided so. Of several ranks that
     raise, the first one's error is seen.
     """
     size, kind = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device).type
     if replicas < 1 or size % replicas:
         raise ValueError(f"replicas is {replicas}; it must divide the number of ranks, which is {size}")
-    if size == 1:
+    if size == 1 and not mixed:
         yield Ranks()
         return
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store, rank = dist.HashStore(), 0
+    if size > 1:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
     # torchrun's store outlives a restart, and the addresses in it are those of processes that are gone
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size,
@@ -162,33 +165,36 @@ def open_ranks(device: str, replicas: int = 1, patience: timedelta = PATIENCE) -
     dist.destroy_process_group()
 
 
-def load_sharded(directory: str | Path, ranks: Ranks, device: str, compute_dtype: torch.dtype | None = None) -> Decoder:
-    """The model of a Hugging Face directory with float32 weights: this rank's share, or all in a world of one.
+def load_sharded(directory: str | Path, ranks: Ranks, device: str, compute_dtype: torch.dtype | None = None,
+                 offload: bool = False) -> Decoder:
+    """The model of a Hugging Face directory with float32 weights: this rank's share, or all of it without a mesh.
 
     With several ranks the files stay where they are, mapped, until a layer is converted, divided and put on the device.
     """
-    if ranks.size == 1:
+    if ranks.mesh is None:
         return load_model(directory, torch.float32, device)
-    return shard(load_model(directory, None), ranks, torch.float32, compute_dtype)
+    return shard(load_model(directory, None), ranks, torch.float32, compute_dtype, offload)
 
 
 def shard(model: Decoder, ranks: Ranks, dtype: torch.dtype | None = None,
-          compute_dtype: torch.dtype | None = None) -> Decoder:
+          compute_dtype: torch.dtype | None = None, offload: bool = False) -> Decoder:
     """The same model with its parameters divided over the ranks, layer by layer, on their devices; make the optimizer
-    afterwards. In a world of one the model as it is.
+    afterwards. Without a mesh the model as it is.
 
     `dtype` is that of the shares, `compute_dtype` that of arithmetic and gathered weights, with float32 sums of
     gradients; None leaves it as it is. Embedding, last norm and head stay whole from the forward to the end of the
     backward pass: `model.logits` uses the head in between, outside of `forward`, and again where a chunk is recomputed.
+    With `offload` shares, their gradients and so the optimizer's moments are on the CPU (CUDA only).
     """
     if ranks.mesh is None:
         return model
     policy = MixedPrecisionPolicy(compute_dtype, torch.float32 if compute_dtype else None)
+    where = CPUOffloadPolicy() if offload else OffloadPolicy()
     for layer in model.model["layers"]:
-        fully_shard(layer.to(dtype), mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(layer.to(dtype), mesh=ranks.mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=True)
     for module in outside_layers(model):
         module.to(dtype)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, offload_policy=where, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -219,18 +225,18 @@ def whole(tensor: Tensor) -> Tensor:
     return full.clone() if padded else full
 
 
-def full_copy(model: Decoder, dtype: torch.dtype | None = None) -> Decoder:
-    """Together: a sampler's model with the weights as they are now, in `dtype` (None: theirs), on each rank.
+def full_copy(model: Decoder, dtype: torch.dtype | None = None, device: str | None = None) -> Decoder:
+    """Together: a sampler's model with the weights as they are now, in `dtype` on `device` (None: as there), on each rank.
 
-    Filled parameter by parameter: beside the copy itself one whole parameter is in memory. In a world of one, the
-    model. Where the copy and its KV cache exceed one device, sampling would have to be tensor-parallel, which this is
+    Filled parameter by parameter: beside the copy itself one whole parameter is in memory. A model that is not sharded
+    is its own sampler's. Where the copy and its KV cache exceed one device, sampling would have to be tensor-parallel, which this is
     not: with 80 GB, in bf16, beyond about 30 billion parameters.
     """
     if not isinstance(model, FSDPModule):
         return model
     with torch.device("meta"):
         copy = Decoder(model.config)
-    copy.load_state_dict({name: tensor.to(dtype) for name, tensor in full_parameters(model)}, assign=True)
+    copy.load_state_dict({name: tensor.to(device, dtype) for name, tensor in full_parameters(model)}, assign=True)
     return copy.requires_grad_(False)
 
 

@@ -52,7 +52,7 @@ class PlanOptions:
     memory: float = option(80.0, "GiB of a GPU that the run may use")
     dtype: str = option("bfloat16", "of the arithmetic and of the sampler: bfloat16 or float32; masters are float32")
     checkpoint_layers: bool = option(False, "keep each layer's input only, compute it again in the backward pass")
-    offload: bool = option(False, "AdamW's moments on the CPU")
+    offload: bool = option(False, "float32 weights, their gradients and AdamW's moments on the CPU")
     replicas: int = option(1, "groups of ranks that each hold all weights between them (HSDP)")
     slots: int = option(64, "sequences that are sampled at once; the cache holds twice as many")
     context: int = option(4608, "tokens of a sequence in the cache: prompt, response and a branch")
@@ -164,7 +164,7 @@ def kv_bytes(shape: ModelConfig, c: int) -> int:
 def memory(shape: ModelConfig, options: PlanOptions) -> list[Row]:
     """Everything that a rank of train_rl.py has in its GPU's memory."""
     c, share = options.compute_bytes, num_parameters(shape) / options.shards
-    weights, moments = FLOAT32 * share, 0 if options.offload else 2 * FLOAT32 * share
+    weights, moments = (0, 0) if options.offload else (FLOAT32 * share, 2 * FLOAT32 * share)
     copy = c * num_parameters(shape)
     cache = 2 * options.slots * round_up(options.context, KEY_BLOCK) * kv_bytes(shape, c)
     kept = activations(shape, options)
@@ -184,12 +184,10 @@ def memory(shape: ModelConfig, options: PlanOptions) -> list[Row]:
 def whole_weights(shape: ModelConfig, options: PlanOptions) -> Iterator[Row]:
     """What FSDP2 has unsharded. Embedding and head, from the forward pass on; with a layer being computed, the head's
     gradient, that layer and the next (fetched ahead), the layer's gradients and the float32 buffer that sums them over
-    the ranks; as it ends, the gradients of embedding and head, and their buffer. On one GPU nothing is sharded, and
-    bfloat16 is a copy of the weights."""
+    the ranks; as it ends, the gradients of embedding and head, and their buffer. One GPU does the same in bfloat16, and
+    has its weights as they are in float32."""
     c, layer, root = options.compute_bytes, layer_parameters(shape), root_parameters(shape)
-    if options.gpus == 1:
-        copy = c * num_parameters(shape) if c < FLOAT32 else 0
-        yield Row("weights in bfloat16", 0, copy, copy, copy)
+    if options.gpus == 1 and c == FLOAT32:
         return
     yield Row("embedding and head, whole", 0, c * root, c * root)
     yield Row("their gradients, whole", 0, 0, c * shape.vocab_size * shape.hidden_size, (c + FLOAT32) * root)
@@ -238,7 +236,7 @@ def find_shape(model: str) -> ModelConfig:
 
 
 def verdict(shape: ModelConfig, options: PlanOptions) -> list[str]:
-    """Whether it fits, and what would: other packs, layers computed again, the moments on the CPU, more GPUs."""
+    """Whether it fits, and what would: other packs, layers computed again, masters and moments on the CPU, more GPUs."""
     biggest, tops = peak(shape, options), totals(memory(shape, options))
     if biggest <= options.memory * GIB:
         lines = [f"fits: {biggest / GIB:.1f} of {options.memory:g} GiB"]
