@@ -43,20 +43,27 @@ def wait_for_lines(out: Path, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def rl_runs(tiny_directory, tmp_path_factory) -> dict[int, list[dict]]:
-    """The metrics of the same rounds on one rank and on two."""
-    directory = tmp_path_factory.mktemp("rl")
+def rl_arguments(tiny_directory, tmp_path_factory) -> list[str]:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
     problems = [{"id": f"{a}+{b}", "question": f"{a}+{b}", "answer": str(a + b)} for a in range(4) for b in range(4)]
-    (directory / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-    given = ["--model", str(tiny_directory), "--problems", str(directory / "problems.jsonl"), *RL,
-             "--eval_problems", str(directory / "problems.jsonl")]
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return ["--model", str(tiny_directory), "--problems", str(path), *RL, "--eval_problems", str(path)]
 
+
+def rl_on_two(arguments: list[str], out: Path) -> None:
     def work(result: Connection) -> None:
-        train_rl.main(config.parse(train_rl.TrainOptions, "", [*given, "--out", str(directory / "2")]))
+        train_rl.main(config.parse(train_rl.TrainOptions, "", [*arguments, "--out", str(out)]))
         result.send((True, None))
 
     finished(start_ranks(2, work))
-    train_rl.main(config.parse(train_rl.TrainOptions, "", [*given, "--out", str(directory / "1")]))
+
+
+@pytest.fixture(scope="module")
+def rl_runs(rl_arguments, tmp_path_factory) -> dict[int, list[dict]]:
+    """The metrics of the same rounds on one rank and on two."""
+    directory = tmp_path_factory.mktemp("rl")
+    rl_on_two(rl_arguments, directory / "2")
+    train_rl.main(config.parse(train_rl.TrainOptions, "", [*rl_arguments, "--out", str(directory / "1")]))
     return {size: lines_of(directory / str(size)) for size in (1, 2)}
 
 
@@ -69,11 +76,11 @@ def test_what_a_round_samples_grades_keeps_and_branches_does_not_depend_on_the_n
 
 
 def test_the_numbers_of_an_update_agree_between_ranks_to_float32s_rounding(rl_runs):
-    """Relative 1e-3, or 1e-5 where a number is a difference of nearly equal ones."""
+    """Relative 1e-4, or 1e-6 where a number is a difference of nearly equal ones; 1e-6 and less was seen."""
     one, two = rl_runs[1][0], rl_runs[2][0]
     assert one["policy/updates"] == two["policy/updates"] == 2
     assert {name: two[name] for name in one if name.startswith(FLOATS)} == {
-        name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in one.items() if name.startswith(FLOATS)}
+        name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in one.items() if name.startswith(FLOATS)}
     assert [len(lines) for lines in rl_runs.values()] == [2, 2]
 
 
@@ -150,22 +157,35 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_rank_killed_under_torchrun_comes_back_and_the_metrics_are_those_of_an_undisturbed_run(
-        sft_arguments, undisturbed, tmp_path):
-    out = tmp_path / "run"
+def kill_a_rank(script: str, arguments: list[str], out: Path, lines: int) -> None:
+    """Two ranks under torchrun, of which the second is killed once there are `lines` lines of metrics."""
     job = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
-         str(ROOT / "train_sft.py"), *sft_arguments, "--out", str(out)],
+         str(ROOT / script), *arguments, "--out", str(out)],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for_lines(out, 7)
+        wait_for_lines(out, lines)
         os.kill(children(job.pid)[1], signal.SIGKILL)
         _, printed = job.communicate(timeout=DEADLINE)
     finally:
         for pid in children(job.pid) if job.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
         job.kill()
-    assert job.returncode == 0, printed
-    assert "exitcode: -9" in printed
-    assert os.readlink(out / "latest") == "step_24"
-    assert (out / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    assert job.returncode == 0 and "exitcode: -9" in printed, printed
+
+
+def test_a_rank_killed_under_torchrun_comes_back_and_the_metrics_are_those_of_an_undisturbed_run(
+        sft_arguments, undisturbed, tmp_path):
+    kill_a_rank("train_sft.py", sft_arguments, tmp_path, 7)
+    assert os.readlink(tmp_path / "latest") == "step_24"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_rl_comes_back_and_the_metrics_are_the_same_whoever_sampled_what(rl_arguments, tmp_path):
+    rounds = [*rl_arguments, "--rounds", "5"]
+    rl_on_two(rounds, tmp_path / "undisturbed")
+    kill_a_rank("train_rl.py", rounds, tmp_path / "killed", 2)
+    assert os.readlink(tmp_path / "killed/latest") == "step_5"
+    found, expected = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "undisturbed"))
+    assert found == expected
