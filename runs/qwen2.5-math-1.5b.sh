@@ -16,5 +16,6 @@ train train_sft.py --model "$MODEL" --data "$OUT/data/sft.jsonl" --out "$OUT/sft
 train train_rl.py --model "$OUT/sft/latest" --problems "${PROBLEMS:-problems.jsonl}" --out "$OUT/rl" --rounds 80 \
     --problems_per_round 512 --updates_per_round 4 --samples 16 --branches 16 --temperature 1.0 --lr 1e-6 \
     --clip_low 0.2 --clip_high 0.28 --dual_clip 3.0 --nll_weight 0.01 --step_weight 1.0 --suffix_tokens 100 \
-    --max_response_tokens 3200 --max_code_rounds 5 --min_group_fraction 0.5 --pack_tokens 8192 --slots 64 --device cuda
+    --max_response_tokens 3200 --max_code_rounds 5 --min_group_fraction 0.5 --pack_tokens 8192 --slots 64 \
+    --dtype bfloat16 --device cuda
 evaluate "$OUT/rl/latest" --max_response_tokens 3200 --max_code_rounds 10 --max_corrections 4 --kv_gb 40

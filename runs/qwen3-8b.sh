@@ -14,10 +14,12 @@ MODEL=${MODEL:-models/Qwen3-8B} OUT=${OUT:-out/qwen3-8b}
 tirgen --actor "$MODEL" --thinking --tries 8 --max_rounds 5 --max_tokens 20000 --step_tokens 4096 --window_tokens 4096 \
     --temperature 0.6 --top_k 30 --top_p 1 --dtype bfloat16 --context 21000 --slots 16 --concurrency 32
 train train_sft.py --model "$MODEL" --data "$OUT/data/sft.jsonl" --out "$OUT/sft" --thinking --epochs 3 --batch 128 --lr 2e-6 \
-    --schedule constant --warmup 0.05 --max_length 20000 --micro_tokens 20480 --dtype bfloat16 --device cuda
+    --schedule constant --warmup 0.05 --max_length 20000 --micro_tokens 20480 --dtype bfloat16 --checkpoint_layers True \
+    --replicas "$NODES" --device cuda
 # 5,120 problems x 16 trajectories a round, in 40 optimizer steps of 128 problems
 train train_rl.py --model "$OUT/sft/latest" --problems "${PROBLEMS:-problems.jsonl}" --out "$OUT/rl" --thinking --rounds 8 \
     --problems_per_round 5120 --updates_per_round 40 --samples 16 --branches 16 --temperature 1.0 --lr 1e-6 \
     --clip_low 0.2 --clip_high 0.28 --dual_clip 3.0 --nll_weight 0.01 --step_weight 1.0 --suffix_tokens 100 \
-    --max_response_tokens 16000 --max_code_rounds 5 --min_group_fraction 0.5 --pack_tokens 16896 --slots 16 --device cuda
+    --max_response_tokens 16000 --max_code_rounds 5 --min_group_fraction 0.5 --pack_tokens 16896 --slots 16 \
+    --dtype bfloat16 --checkpoint_layers True --replicas "$NODES" --device cuda
 evaluate "$OUT/rl/latest" --thinking --max_response_tokens 16000 --max_code_rounds 10 --max_corrections 4 --kv_gb 60

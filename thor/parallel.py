@@ -230,7 +230,7 @@ def full_copy(model: Decoder, dtype: torch.dtype | None = None, device: str | No
 
     Filled parameter by parameter: beside the copy itself one whole parameter is in memory. A model that is not sharded
     is its own sampler's. Where the copy and its KV cache exceed one device, sampling would have to be tensor-parallel, which this is
-    not: with 80 GB, in bf16, beyond about 30 billion parameters.
+    not: with 80 GB, in bf16, from about 20 billion parameters on (docs/scale.md).
     """
     if not isinstance(model, FSDPModule):
         return model
