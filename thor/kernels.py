@@ -1,9 +1,9 @@
 """Triton kernels of one decode step. Imported where Triton is; everything here has a twin in plain torch.
 
 A step with one token a sequence reads weights and keys once and computes little, so what costs is the number of kernels
-and whether they read only what is needed. Sums and products are taken in float32. `paged_decode` reads only pages in use, each once for all query heads of a
+and whether they read only what is needed. `paged_decode` reads only pages in use, each once for all query heads of a
 key/value head, split over keys so that a small batch fills the GPU; the others fuse what torch does in many small ones,
-rounding where the model rounds.
+rounding where the model rounds. Sums and products are taken in float32.
 
 B rows, one new token each · H query heads · K key/value heads · P tokens of a page · D head dim · E hidden size
 """
