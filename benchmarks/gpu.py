@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_peer  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_training  # noqa: E402
-from gpu_shapes import QWEN_1_5B, QWEN_7B, TINY, build_model, layer_bytes, synchronize  # noqa: E402
+from gpu_shapes import QWEN_1_5B, QWEN_7B, TINY, build_model, layer_bytes, report, synchronize  # noqa: E402
 
 from thor import config  # noqa: E402
 from thor.batch import Sample, make_pack, score  # noqa: E402
@@ -51,6 +51,7 @@ class Options:
     out: str = option("out/gpu", "files OUT.json, OUT.md and OUT.png")
     rows: str = option("", "rows to run, separated by commas; all by default")
     seconds: float = option(530.0, "for everything; what does not fit is reported as not run")
+    commit: str | None = option(None, "what to call the commit where git cannot be asked")
     row: str | None = option(None, "used by the script itself: run one row and print JSON")
 
 
@@ -82,7 +83,7 @@ class Bench:
 def main(options: Options) -> None:
     """Run the rows, each in its own process, and write what they found."""
     if options.row is not None:
-        print(json.dumps(ROWS[options.row][0](Bench(options.smoke))))
+        report(ROWS[options.row][0](Bench(options.smoke)))
         return
     names = [name.strip() for name in options.rows.split(",")] if options.rows else list(ROWS)
     unknown = [name for name in names if name not in ROWS]
@@ -92,37 +93,61 @@ def main(options: Options) -> None:
         raise ValueError("there is no GPU here; --smoke runs every row on the CPU")
     out, deadline = Path(options.out), time.monotonic() + options.seconds
     out.parent.mkdir(parents=True, exist_ok=True)
-    found: Numbers = {"about": about(options.smoke)}
+    found: Numbers = {"about": about(options.smoke, options.commit)}
     for name in names:
         limit = min(ROWS[name][1], deadline - time.monotonic())
         found[name] = run_row(name, options.smoke, limit)
         out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['row_seconds']:.0f} s)", flush=True)
+        print(f"{name}: {found[name].get('trouble', 'done')} ({found[name]['row_seconds']:.0f} s)", flush=True)
     gpu_report.main(gpu_report.Options(str(out.with_suffix(".json"))))
 
 
-def about(smoke: bool) -> Numbers:
+def about(smoke: bool, commit: str | None) -> Numbers:
     """Date, commit, device and versions."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip()
     device = "CPU, a tiny shape (smoke test)" if smoke else torch.cuda.get_device_name()
-    return {"date": date.today().isoformat(), "commit": commit or "unknown", "device": device, "torch": torch.__version__}
+    return {"date": date.today().isoformat(), "commit": commit or asked_commit(), "device": device, "torch": torch.__version__}
+
+
+def asked_commit() -> str:
+    """What git calls the commit of this file, if there is a git and a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def run_row(name: str, smoke: bool, limit: float) -> Numbers:
-    """One row in a fresh process: its numbers, or {"failed": why}; always with the seconds that it took."""
+    """One row in a fresh process: its numbers, with `trouble` if it ended before its time; always the seconds it took.
+
+    A row prints what it has more than once, so that a part that fails or hangs does not take the rest with it.
+    """
     started = time.monotonic()
     if limit < 1:
-        return {"failed": "not run, the time was up", "row_seconds": 0.0}
-    command = [sys.executable, __file__, "--row", name, "--smoke", str(smoke)]
+        return {"trouble": "not run, the time was up", "row_seconds": 0.0}
+    process = subprocess.Popen([sys.executable, __file__, "--row", name, "--smoke", str(smoke)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        numbers = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": last_line(done.stderr)}
+        output, errors = process.communicate(timeout=limit)
+        trouble = {"trouble": last_line(errors)} if process.returncode else {}
     except subprocess.TimeoutExpired:
-        numbers = {"failed": f"stopped after {limit:.0f} s"}
-    except (ValueError, IndexError):
-        numbers = {"failed": "printed no result"}
-    return {**numbers, "row_seconds": time.monotonic() - started}
+        process.kill()
+        output, errors = process.communicate()
+        trouble = {"trouble": f"stopped after {limit:.0f} s"}
+    return {**last_numbers(output), **trouble, "row_seconds": time.monotonic() - started}
+
+
+def last_numbers(output: str) -> Numbers:
+    """The last line that is JSON."""
+    for line in reversed(output.splitlines()):
+        try:
+            numbers = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(numbers, dict):
+            return numbers
+    return {}
 
 
 def last_line(text: str) -> str:
@@ -162,8 +187,7 @@ def attempts(bench: Bench, shape: ModelConfig, num_slots: int, max_tokens: int,
     for arrangement in ({}, {"use_kernels": False}, {"use_kernels": False, "use_graphs": False}):
         try:
             engine = PagedEngine(model, set(), num_slots, max_tokens, **arrangement)
-            numbers = measure(engine)
-            return {**numbers, "kernels": engine.decoder.use_kernels, "graphs": engine.decoder.use_graphs, "errors": errors}
+            return {**measure(engine), "errors": errors}
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             errors.append(f"{type(error).__name__}: {error}"[:300])
             engine = None
@@ -205,9 +229,11 @@ def decoding(bench: Bench, shape: ModelConfig, batch: int, prompt: int, count: i
         step = (marks[last] - marks[first]) / (last - first)
         context = sum(lengths) / batch + (first + last) / 2 - (last - count)
         weights, keys = layer_bytes(shape, bench.dtype), batch * context * key_bytes(shape, bench.dtype)
-        return {"step_seconds": step, "batch": batch, "context": context, "weight_bytes": weights, "key_bytes": keys,
-                "tokens_per_second": batch / step, "flops": batch * 2 * weights / bench.dtype.itemsize,
-                "profile": profile(bench, engine, sequences)}
+        numbers = {"step_seconds": step, "batch": batch, "context": context, "weight_bytes": weights, "key_bytes": keys,
+                   "tokens_per_second": batch / step, "flops": batch * 2 * weights / bench.dtype.itemsize,
+                   "kernels": engine.decoder.use_kernels, "graphs": engine.decoder.use_graphs}
+        report(numbers)
+        return {**numbers, "profile": profile(bench, engine, sequences)}
 
     return attempts(bench, shape, batch, max(lengths) + 2 * count, measure)
 
@@ -245,8 +271,8 @@ def rollouts(bench: Bench) -> Numbers:
         before = dataclasses.asdict(engine.counts)
         seconds[name] = timed(bench, lambda: asyncio.run(roll(engine, case, tool)))
         counts[name] = {field: value - before[field] for field, value in dataclasses.asdict(engine.counts).items()}
-    hidden = 1 - (seconds["slow"] - seconds["instant"]) / (len(case.lengths_RN) * tool_seconds)
-    return {"tokens": case.num_tokens, "seconds": seconds["instant"], "tool_hidden": hidden, "counts": counts}
+    return {"tokens": case.num_tokens, "seconds": seconds["instant"], "slow_seconds": seconds["slow"],
+            "tool_seconds": len(case.lengths_RN) * tool_seconds, "trajectories": len(case.lengths_RN[0]), "counts": counts}
 
 
 def generate(bench: Bench) -> Numbers:
@@ -310,8 +336,10 @@ def rewind(bench: Bench) -> Numbers:
     asyncio.run(sample_all(engine, forks[:16], 2))
     copied = (engine.counts.copied - before) / 16
     page = engine.page_tokens * key_bytes(shape, bench.dtype)
-    return {"fork_seconds": fork, "truncate_seconds": truncate, "copied_tokens": copied, "copied_bytes": page,
-            "tokens_computed": computed, "tokens_kept": kept, "gap": gaps(bench, model)}
+    numbers = {"fork_seconds": fork, "truncate_seconds": truncate, "copied_tokens": copied, "copied_bytes": page,
+               "tokens_computed": computed, "tokens_kept": kept}
+    report(numbers)
+    return {**numbers, "gap": gaps(bench, model)}
 
 
 def host_seconds(count: int, action: Callable[[int], object]) -> float:
@@ -349,7 +377,7 @@ def training(bench: Bench) -> Numbers:
     """FLOPs of training steps, and peak memory with chunked and with full logits."""
     shape, sizes = bench.shape(QWEN_1_5B), [64, 128] if bench.smoke else [8192, 16384, 24576, 32768]
     numbers = gpu_training.measure(shape, bench.dtype, bench.device, sizes, bench.size(16384, 64), bench.size(2048, 32))
-    return {**numbers, "weight_bytes": layer_bytes(shape, bench.dtype)}
+    return numbers
 
 
 def compiled(bench: Bench) -> Numbers:

@@ -1,5 +1,6 @@
 """Models with random weights in the shapes that gpu.py measures, and what it asks of a device."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def synchronize(device: torch.device) -> None:
     """Wait for all the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def report(numbers: dict[str, object]) -> None:
+    """Print what is known so far: of a row's lines, the last one counts."""
+    print(json.dumps(numbers), flush=True)
 
 
 def reset_peak(device: torch.device) -> None:

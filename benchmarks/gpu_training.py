@@ -15,7 +15,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from gpu_shapes import build_model, peak_memory, reset_peak, synchronize  # noqa: E402
+from gpu_shapes import build_model, layer_bytes, peak_memory, report, reset_peak, synchronize  # noqa: E402
 
 from thor.attention import packed  # noqa: E402
 from thor.batch import Pack, Sample, loss_tokens, make_pack, score  # noqa: E402
@@ -83,14 +83,18 @@ def measure(shape: ModelConfig, dtype: torch.dtype, device: torch.device, sizes:
             sequence_tokens: int) -> dict[str, object]:
     """Packs without recomputation as large as fit, one with checkpointing by layer, and the memory of logits."""
     model = build_model(shape, dtype, device)
-    plain = largest(model, sizes, sequence_tokens, device)
-    model.checkpoint_layers = True
     samples = some_samples(shape, checkpointed_tokens, sequence_tokens)
-    checkpointed = speed(model, samples, device)
-    pack = make_pack(samples, device)
-    kernels = top_kernels(device, lambda: train_once(model, samples, pack))
-    return {"plain": plain, "checkpointed": checkpointed, "kernels": kernels,
-            "memory": memory(model, some_samples(shape, checkpointed_tokens // 2, sequence_tokens), device)}
+    found = {"weight_bytes": layer_bytes(shape, dtype)}
+    model.checkpoint_layers = True
+    found["checkpointed"] = speed(model, samples, device)
+    report(found)
+    found["memory"] = memory(model, some_samples(shape, checkpointed_tokens // 2, sequence_tokens), device)
+    report(found)
+    model.checkpoint_layers = False
+    found["plain"] = largest(model, sizes, sequence_tokens, device)
+    report(found)
+    model.checkpoint_layers, pack = True, make_pack(samples, device)
+    return {**found, "profile": top_kernels(device, lambda: train_once(model, samples, pack))}
 
 
 def measure_compiled(shape: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int,

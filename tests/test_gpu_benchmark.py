@@ -26,7 +26,7 @@ GPU_ONLY = ("generate_batch", "compiled")
 def found() -> dict[str, dict]:
     """What the rows that run on a CPU measure, each called as its process would."""
     rows = {name: row(gpu.Bench(True)) for name, (row, _) in gpu.ROWS.items() if name not in GPU_ONLY}
-    rows["about"] = gpu.about(True)
+    rows["about"] = gpu.about(True, None)
     return json.loads(json.dumps(rows))
 
 
@@ -47,7 +47,7 @@ def test_every_row_runs_and_every_line_of_the_table_reads_from_it(found):
 def test_without_a_measurement_a_line_says_so_and_with_a_failure_why():
     table = gpu_report.table({})
     assert table.startswith("Nothing measured.") and table.count("not measured") == len(gpu_report.LINES)
-    table = gpu_report.table({"ceilings": {"failed": "CUDA error: no | luck"}})
+    table = gpu_report.table({"ceilings": {"trouble": "CUDA error: no | luck"}})
     assert "| ceilings | failed: CUDA error: no / luck |" in table
 
 
@@ -60,8 +60,20 @@ def test_a_row_that_fails_or_takes_too_long_is_reported_and_the_others_go_on(tmp
     assert written["ceilings"]["bytes_per_second"] > 0
     assert (tmp_path / "gpu.png").stat().st_size > 0
     assert (tmp_path / "gpu.md").read_text() in done.stdout
-    assert gpu.run_row("ceilings", True, 1.0)["failed"] == "stopped after 1 s"
-    assert gpu.run_row("ceilings", True, -5.0)["failed"] == "not run, the time was up"
+    assert gpu.run_row("ceilings", True, 1.0)["trouble"] == "stopped after 1 s"
+    assert gpu.run_row("ceilings", True, -5.0)["trouble"] == "not run, the time was up"
+
+
+def test_what_a_row_printed_before_it_failed_is_kept(found):
+    printed = 'loading…\n{"step_seconds": 1.0}\n{"step_seconds": 2.0, "batch": 3}\nSegmentation fault\n'
+    assert gpu.last_numbers(printed) == {"step_seconds": 2.0, "batch": 3}
+    assert gpu.last_numbers("nothing\n3\n") == {}
+    partly = {name: dict(row) for name, row in found.items()}
+    del partly["training"]["plain"], partly["training"]["profile"]
+    partly["training"]["trouble"] = "stopped after 9 s"
+    before, after = gpu_report.table(found).splitlines(), gpu_report.table(partly).splitlines()
+    changed = [line for line, other in zip(after, before, strict=True) if line != other]
+    assert len(changed) == 2 and all("failed: stopped after 9 s" in line for line in changed)
 
 
 def test_an_errors_last_line_is_what_is_shown():
