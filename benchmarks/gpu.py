@@ -3,10 +3,10 @@
     python benchmarks/gpu.py                  # all rows on a GPU, at most nine minutes
     python benchmarks/gpu.py --smoke          # the same rows in a tiny shape on a CPU, to see that they run
 
-Random weights in the shapes of Qwen2.5-1.5B and -7B; needs torch, transformers and numpy. Every row runs in a process of
-its own with a time limit, so that one that fails says so and the others go on. What was measured is written after each
-row to OUT.json; the table OUT.md and the roofline OUT.png are made of that by gpu_report.py, which can be run again
-alone. Times are of the device with everything waited for; the first, slower uses of a kernel are left out.
+Random weights in the shapes of Qwen2.5-1.5B and -7B; needs torch, transformers and numpy. Every row runs in a process
+of its own with a time limit, so that one that fails says so and the others go on. What was measured is written after
+each row to OUT.json; the table OUT.md and the roofline OUT.png are made of that by gpu_report.py, which can be run
+again alone. Times are of the device with everything waited for; the first, slower uses of a kernel are left out.
 """
 
 import asyncio
@@ -105,7 +105,8 @@ def main(options: Options) -> None:
 def about(smoke: bool, commit: str | None) -> Numbers:
     """Date, commit, device and versions."""
     device = "CPU, a tiny shape (smoke test)" if smoke else torch.cuda.get_device_name()
-    return {"date": date.today().isoformat(), "commit": commit or asked_commit(), "device": device, "torch": torch.__version__}
+    return {"date": date.today().isoformat(), "commit": commit or asked_commit(), "device": device,
+            "torch": torch.__version__}
 
 
 def asked_commit() -> str:
@@ -201,12 +202,12 @@ def decode_7b(bench: Bench) -> Numbers:
 
 
 def decode_1_5b(bench: Bench) -> Numbers:
-    """256 sequences of the 1.5B shape at 1,000 to 2,000 tokens: every step reads the weights once and all their keys."""
+    """256 sequences of the 1.5B shape at 1,000 to 2,000 tokens: a step reads the weights once and all their keys."""
     return decoding(bench, bench.shape(QWEN_1_5B), bench.size(256, 4), bench.size(1400, 40), bench.size(160, 16))
 
 
 def decoding(bench: Bench, shape: ModelConfig, batch: int, prompt: int, count: int) -> Numbers:
-    """Seconds of a step while all decode, from the first quarter of the tokens on, and the bytes that it has to read."""
+    """Seconds of a step while all decode, from the first quarter of the tokens on, and the bytes it has to read."""
     rng = random.Random(0)
     lengths = [prompt + (rng.randint(-prompt // 4, prompt // 4) if batch > 1 else 0) for _ in range(batch)]
 
@@ -272,7 +273,8 @@ def rollouts(bench: Bench) -> Numbers:
         seconds[name] = timed(bench, lambda: asyncio.run(roll(engine, case, tool)))
         counts[name] = {field: value - before[field] for field, value in dataclasses.asdict(engine.counts).items()}
     return {"tokens": case.num_tokens, "seconds": seconds["instant"], "slow_seconds": seconds["slow"],
-            "tool_seconds": len(case.lengths_RN) * tool_seconds, "trajectories": len(case.lengths_RN[0]), "counts": counts}
+            "tool_seconds": len(case.lengths_RN) * tool_seconds, "trajectories": len(case.lengths_RN[0]),
+            "counts": counts}
 
 
 def generate(bench: Bench) -> Numbers:

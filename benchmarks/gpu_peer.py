@@ -1,8 +1,8 @@
 """The tool rollouts that gpu.py compares, and transformers' two ways of doing them.
 
-Each trajectory samples a number of tokens, gets an observation, and goes on, four times over. `generate` runs a round as
-one left-padded batch to the longest row. `generate_batch`, its continuous batching, takes one number of tokens for all:
-it gets the round's mean, so that it samples as many in total and never waits for a long row.
+Each trajectory samples a number of tokens, gets an observation, and goes on, four times over. `generate` runs a round
+as one left-padded batch to the longest row. `generate_batch`, its continuous batching, takes one number of tokens for
+all: it gets the round's mean, so that it samples as many in total and never waits for a long row.
 """
 
 import random
@@ -56,8 +56,9 @@ def transformers_model(shape: ModelConfig, dtype: torch.dtype, device: torch.dev
     """Their model in the same shape with their random weights, made where it will lie."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    layout = Qwen2Config(vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-                         num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads,
+    layout = Qwen2Config(vocab_size=shape.vocab_size, hidden_size=shape.hidden_size,
+                         intermediate_size=shape.intermediate_size, num_hidden_layers=shape.num_layers,
+                         num_attention_heads=shape.num_heads,
                          num_key_value_heads=shape.num_kv_heads, max_position_embeddings=shape.max_context,
                          tie_word_embeddings=shape.tied_head, attn_implementation="sdpa")
     before = torch.get_default_dtype()
@@ -80,8 +81,8 @@ def generate(shape: ModelConfig, case: Case, dtype: torch.dtype, device: torch.d
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=True, temperature=1.0, top_k=0,
-                                    top_p=1.0, eos_token_id=None, pad_token_id=0)
+        settings = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=True, temperature=1.0,
+                                    top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
         with torch.inference_mode():
             return model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, longest:].tolist()
 
@@ -96,7 +97,7 @@ def generate(shape: ModelConfig, case: Case, dtype: torch.dtype, device: torch.d
 
 
 def generate_batch(shape: ModelConfig, case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Seconds of all rounds by continuous batching, after a short one that does not count; and the tokens it sampled."""
+    """Seconds of all rounds by continuous batching, after a short one that does not count, and the sampled tokens."""
     from transformers import GenerationConfig
 
     if device.type != "cuda":

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_report.py --file out/gpu.json
 
-Writes FILE.md and, where matplotlib is installed, FILE.png beside it, and prints the table. A line whose row failed says
-why, and one whose row was not run says so: no number here is an estimate.
+Writes FILE.md and, where matplotlib is installed, FILE.png beside it, and prints the table. A line whose row failed
+says why, and one whose row was not run says so: no number here is an estimate.
 """
 
 import json
@@ -53,7 +53,7 @@ def main(options: Options) -> None:
 def table(found: Found) -> str:
     """The table in markdown, with a line on where it was measured."""
     about = found.get("about", {})
-    where = f"{about['device']}, torch {about['torch']}, commit {about['commit']}, {about['date']}" if about else "Nothing measured"
+    where = "{device}, torch {torch}, commit {commit}, {date}".format(**about) if about else "Nothing measured"
     rows = [f"| {line.title} | {reading(line, found)} | {line.bar} |" for line in LINES]
     return "\n".join([f"{where}.", "", "| | measured | bar |", "| --- | --- | --- |", *rows, ""])
 
@@ -66,8 +66,8 @@ def reading(line: Line, found: Found) -> str:
     try:
         return line.text(found).replace("|", "/")
     except KeyError as error:
-        troubles = [found[name]["trouble"] for name in line.needs if "trouble" in found[name]] or [f"no {error.args[0]}"]
-        return f"failed: {'; '.join(troubles)}".replace("|", "/").replace("\n", " ")
+        troubles = [found[name]["trouble"] for name in line.needs if "trouble" in found[name]]
+        return f"failed: {'; '.join(troubles or [f'no {error.args[0]}'])}".replace("|", "/").replace("\n", " ")
 
 
 def decode_text(name: str) -> Callable[[Found], str]:
@@ -77,8 +77,9 @@ def decode_text(name: str) -> Callable[[Found], str]:
         share = (row["weight_bytes"] + row["key_bytes"]) / row["step_seconds"] / found["ceilings"]["bytes_per_second"]
         arranged = f"kernels {'on' if row['kernels'] else 'off'}, graphs {'on' if row['graphs'] else 'off'}"
         troubles = "".join(f"; {error}" for error in row.get("errors", []))
-        return (f"**{share:.1%}** of the bandwidth: {1e3 * row['step_seconds']:.2f} ms a step, {row['tokens_per_second']:,.0f} "
-                f"tokens/s, {row['weight_bytes'] / 1e9:.2f} GB of weights and {row['key_bytes'] / 1e9:.2f} GB of keys "
+        return (f"**{share:.1%}** of the bandwidth: {1e3 * row['step_seconds']:.2f} ms a step, "
+                f"{row['tokens_per_second']:,.0f} tokens/s, {row['weight_bytes'] / 1e9:.2f} GB of weights and "
+                f"{row['key_bytes'] / 1e9:.2f} GB of keys "
                 f"({arranged}{troubles})")
     return text
 
@@ -90,22 +91,26 @@ def rate(row: dict) -> float:
 
 def faster_text(peer: str) -> Callable[[Found], str]:
     """Our sampled tokens a second over the peer's."""
-    return lambda found: (f"**{rate(found['rollouts']) / rate(found[peer]):.2f}×**: {rate(found['rollouts']):,.0f} against "
-                          f"{rate(found[peer]):,.0f} sampled tokens/s")
+    def text(found: Found) -> str:
+        ours, theirs = rate(found["rollouts"]), rate(found[peer])
+        return f"**{ours / theirs:.2f}×**: {ours:,.0f} against {theirs:,.0f} sampled tokens/s"
+    return text
 
 
 def hidden_text(found: Found) -> str:
     """What a slow tool adds to the run, over what it takes in one trajectory, and over what it takes in all."""
     row = found["rollouts"]
     added, whole = row["slow_seconds"] - row["seconds"], row["tool_seconds"] * row["trajectories"]
-    return (f"**{1 - added / row['tool_seconds']:.1%}** of one trajectory's {row['tool_seconds']:.2f} s, {1 - added / whole:.1%} of "
-            f"all {whole:,.0f} s: {row['seconds']:.2f} s with an instant tool, {row['slow_seconds']:.2f} s with a slow one")
+    return (f"**{1 - added / row['tool_seconds']:.1%}** of one trajectory's {row['tool_seconds']:.2f} s, "
+            f"{1 - added / whole:.1%} of all {whole:,.0f} s: {row['seconds']:.2f} s with an instant tool, "
+            f"{row['slow_seconds']:.2f} s with a slow one")
 
 
 def mfu_text(found: Found, run: dict) -> str:
     """A training step's FLOP a second over the large product's."""
     share = run["flops_per_second"] / found["ceilings"]["flops_per_second"]
-    return (f"**{share:.1%}**: {run['tokens']:,} tokens in {run['step_seconds']:.3f} s, peak {run['peak_bytes'] / 1e9:.1f} GB")
+    peak = run["peak_bytes"] / 1e9
+    return f"**{share:.1%}**: {run['tokens']:,} tokens in {run['step_seconds']:.3f} s, peak {peak:.1f} GB"
 
 
 def plain_text(found: Found) -> str:
@@ -119,38 +124,52 @@ def memory_text(found: Found) -> str:
     memory = found["training"]["memory"]
     if not memory["full"]:
         return "not measured (a CPU's memory is not counted)"
-    return (f"**{memory['chunked'] / memory['full']:.2f}**: {memory['chunked'] / 1e9:.2f} of {memory['full'] / 1e9:.2f} GB, "
-            f"{memory['tokens']:,} tokens")
+    chunked, full = memory["chunked"] / 1e9, memory["full"] / 1e9
+    return f"**{chunked / full:.2f}**: {chunked:.2f} of {full:.2f} GB, {memory['tokens']:,} tokens"
 
 
 def rewind_text(found: Found) -> str:
     """Host time, and what a fork copies once it is written to."""
     row = found["rewind"]
-    return (f"fork **{1e6 * row['fork_seconds']:.1f} µs**, truncate **{1e6 * row['truncate_seconds']:.1f} µs**; a fork copies one "
-            f"page of {row['copied_bytes'] / 1e6:.2f} MB when it is first written to ({row['copied_tokens']:.0f} tokens of it in use)")
+    fork, truncate = 1e6 * row["fork_seconds"], 1e6 * row["truncate_seconds"]
+    return (f"fork **{fork:.1f} µs**, truncate **{truncate:.1f} µs**; a fork copies one page of "
+            f"{row['copied_bytes'] / 1e6:.2f} MB when first written to ({row['copied_tokens']:.0f} tokens in use)")
 
 
 def gap_text(found: Found) -> str:
     """Mean and greatest difference for each arrangement."""
-    return "; ".join(f"{name}: mean **{mean:.4f}**, at most {most:.2f}" for name, (mean, most) in found["rewind"]["gap"].items())
+    gaps = found["rewind"]["gap"].items()
+    return "; ".join(f"{name}: mean **{mean:.4f}**, at most {most:.2f}" for name, (mean, most) in gaps)
+
+
+def ceilings_text(found: Found) -> str:
+    """What everything is held against."""
+    row = found["ceilings"]
+    return (f"copy {row['bytes_per_second'] / 1e12:.2f} TB/s (read and written), product "
+            f"{row['flops_per_second'] / 1e12:,.0f} TFLOP/s")
+
+
+def profile_text(*rows: str) -> Callable[[Found], str]:
+    """The kernels that take most of the time."""
+    return lambda found: " · ".join(f"{name}: {', '.join(found[name]['profile']) or 'no profile'}" for name in rows)
 
 
 LINES = [
-    Line("ceilings", ("ceilings",), "", lambda found: f"copy {found['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s (read and "
-         f"written), product {found['ceilings']['flops_per_second'] / 1e12:,.0f} TFLOP/s"),
+    Line("ceilings", ("ceilings",), "", ceilings_text),
     Line("decode, 7B shape, one sequence", ("ceilings", "decode_7b"), "≥ 60 %", decode_text("decode_7b")),
-    Line("decode, 1.5B shape, 256 sequences at 1–2k", ("ceilings", "decode_1_5b"), "≥ 45 %", decode_text("decode_1_5b")),
-    Line("where decoding spends its time", ("decode_7b", "decode_1_5b"), "", lambda found: " · ".join(
-        f"{name}: {', '.join(found[name]['profile']) or 'no profile'}" for name in ("decode_7b", "decode_1_5b"))),
+    Line("decode, 1.5B shape, 256 sequences at 1–2k", ("ceilings", "decode_1_5b"), "≥ 45 %",
+         decode_text("decode_1_5b")),
+    Line("where decoding spends its time", ("decode_7b", "decode_1_5b"), "", profile_text("decode_7b", "decode_1_5b")),
     Line("tool rollouts against `generate`", ("rollouts", "generate"), "≥ 8×", faster_text("generate")),
-    Line("tool rollouts against `generate_batch`", ("rollouts", "generate_batch"), "≥ 2×", faster_text("generate_batch")),
+    Line("tool rollouts against `generate_batch`", ("rollouts", "generate_batch"), "≥ 2×",
+         faster_text("generate_batch")),
     Line("tool time hidden", ("rollouts",), "≥ 90 %", hidden_text),
     Line("training, 1.5B shape, nothing computed twice", ("ceilings", "training"), "≥ 45 % MFU", plain_text),
     Line("training, checkpointing by layer", ("ceilings", "training"), "≥ 35 % MFU",
          lambda found: mfu_text(found, found["training"]["checkpointed"])),
     Line("the same, norms and feed-forward compiled", ("ceilings", "compiled"), "",
          lambda found: mfu_text(found, found["compiled"]["compiled"])),
-    Line("where training spends its time", ("training",), "", lambda found: ", ".join(found["training"]["profile"]) or "no profile"),
+    Line("where training spends its time", ("training",), "", profile_text("training")),
     Line("peak memory, chunked over full logits", ("training",), "≤ 0.60", memory_text),
     Line("fork, truncate: host time", ("rewind",), "≤ 20 µs", rewind_text),
     Line("self-correction", ("rewind",), "", lambda found: f"**{found['rewind']['tokens_computed']}** tokens computed, "
@@ -160,12 +179,13 @@ LINES = [
 
 
 def points(found: Found) -> list[tuple[str, float, float]]:
-    """(name, FLOP a byte, FLOP a second) of what can stand in a roofline; training's bytes are its weights, read thrice."""
+    """(name, FLOP a byte, FLOP a second) for the roofline; a training step's bytes are its weights, read thrice."""
     rows = []
     for name in ("decode_7b", "decode_1_5b"):
         row = found.get(name, {})
         if "step_seconds" in row:
-            rows.append((name, row["flops"] / (row["weight_bytes"] + row["key_bytes"]), row["flops"] / row["step_seconds"]))
+            intensity = row["flops"] / (row["weight_bytes"] + row["key_bytes"])
+            rows.append((name, intensity, row["flops"] / row["step_seconds"]))
     training = found.get("training", {})
     for run in training.get("plain", [])[-1:] + [training[name] for name in ("checkpointed",) if name in training]:
         intensity = run["flops_per_second"] * run["step_seconds"] / (3 * training["weight_bytes"])
@@ -186,8 +206,8 @@ def draw(found: Found, path: Path) -> None:
     ridge = ceilings["flops_per_second"] / ceilings["bytes_per_second"]
     intensities = [0.1, ridge, max([10 * ridge, *(2 * point[1] for point in points(found))])]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    axes.loglog(intensities, [min(i * ceilings["bytes_per_second"], ceilings["flops_per_second"]) for i in intensities], "k-",
-                label="measured copy and product")
+    roof = [min(i * ceilings["bytes_per_second"], ceilings["flops_per_second"]) for i in intensities]
+    axes.loglog(intensities, roof, "k-", label="measured copy and product")
     for name, intensity, attained in points(found):
         axes.loglog([intensity], [attained], "o", label=name)
     axes.set(xlabel="FLOP a byte that must be read", ylabel="FLOP a second", title=found["about"]["device"])

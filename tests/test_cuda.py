@@ -65,7 +65,8 @@ def test_a_graph_samples_what_its_code_samples_when_it_is_run(use_kernels, exact
     if use_kernels and not kernels_available(CUDA):
         pytest.skip("Triton is not installed")
     assert steps(use_kernels, True, torch.bfloat16) is not None  # low precision runs; float32 is what is compared
-    for graph, eager in zip(steps(use_kernels, True, torch.float32), steps(use_kernels, False, torch.float32), strict=True):
+    graphs, eagers = (steps(use_kernels, use_graphs, torch.float32) for use_graphs in (True, False))
+    for graph, eager in zip(graphs, eagers, strict=True):
         assert graph[0] == eager[0]
         assert graph[1] == pytest.approx(eager[1], abs=1e-4)
 
@@ -94,8 +95,9 @@ def test_trajectories_are_those_of_the_cpu_but_for_rare_flips(exact_products):
     """In float32 a sum in another order flips a token now and then, and what follows it is another trajectory."""
     expected = run(together(Engine(model_of(SHAPE, vocab_size=131), {3}, 40, 150), 0))
     got = run(together(PagedEngine(model_of(SHAPE, vocab_size=131).to(CUDA), {3}, 40, 150), 0))
-    ids = [[branch[0] for branch in side[i]] if i < 6 else side[i][-1][0] for side in (got, expected) for i in range(12)]
-    same = sum(ours == theirs for ours, theirs in zip(ids[:12], ids[12:], strict=True))
+    ids = [[[branch[0] for branch in one] if i < 6 else one[-1][0] for i, one in enumerate(side)]
+           for side in (got, expected)]
+    same = sum(ours == theirs for ours, theirs in zip(*ids, strict=True))
     assert same >= 10
 
 

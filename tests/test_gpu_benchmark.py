@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: its rows run in a tiny shape, a failing one stops nobody, and it needs few packages."""
+"""benchmarks/gpu.py without a GPU: its rows run in a tiny shape, one that fails stops nobody, few packages do."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ def test_what_a_row_printed_before_it_failed_is_kept(found):
 
 
 def test_an_errors_last_line_is_what_is_shown():
-    text = "Traceback (most recent call last):\n  File \"x\", line 1\ntorch.OutOfMemoryError: CUDA out of memory.\n\nexit 1\n"
+    text = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory.\n\nexit 1\n"
     assert gpu.last_line(text) == "torch.OutOfMemoryError: CUDA out of memory."
     assert gpu.last_line("error: there is no GPU\n") == "there is no GPU"
     assert gpu.last_line("") == "no message"
@@ -117,7 +117,8 @@ WITHOUT_TRANSFORMERS = ALWAYS | {"transformers", "safetensors", "tokenizers", "h
 
 
 @pytest.mark.parametrize("modules, blocked", [
-    ("thor.model, thor.engine, thor.paged_engine, thor.grpo, thor.batch", WITHOUT_TRANSFORMERS), ("gpu, gpu_report", ALWAYS)])
+    ("thor.model, thor.engine, thor.paged_engine, thor.grpo, thor.batch", WITHOUT_TRANSFORMERS),
+    ("gpu, gpu_report", ALWAYS)])
 def test_few_packages_are_needed(modules, blocked):
     code = BLOCKED.format(blocked=blocked, root=str(ROOT)) + f"import {modules}\n"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

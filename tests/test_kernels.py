@@ -1,4 +1,4 @@
-"""The Triton kernels against their twins: in Triton's interpreter on a CPU, or on a GPU. Skipped where Triton is missing.
+"""The Triton kernels against their twins, in Triton's interpreter or on a GPU. Skipped where Triton is missing.
 
     TRITON_INTERPRET=1 python -m pytest tests/test_kernels.py
 """

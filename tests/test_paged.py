@@ -25,7 +25,7 @@ def contents(cache: PagedCache, row: int, length: int) -> torch.Tensor:
 
 
 class Mirror:
-    """Rows as tensors of their own, copied at every fork; `write` and `truncate` as they should be seen from outside."""
+    """Rows as tensors of their own, copied at every fork."""
 
     def __init__(self):
         self.rows: dict[int, torch.Tensor] = {}

@@ -77,7 +77,8 @@ def assert_same(a: object, b: object) -> None:
 @pytest.mark.parametrize("num_pages, chunk_tokens, seed", [(None, 512, 0), (60, 13, 1), (25, 512, 2)])
 def test_trajectories_are_those_of_the_engine_over_slots(model, num_pages, chunk_tokens, seed):
     expected = run(together(Engine(model, {3}, 40, max_tokens=150), 0))
-    assert {"stop", "eos", "length"} <= {reason for steps in expected[6:] for reason in steps if isinstance(reason, str)}
+    reasons = {reason for steps in expected[6:] for reason in steps if isinstance(reason, str)}
+    assert reasons == {"stop", "eos", "length"}
     engine = PagedEngine(model, {3}, 40, max_tokens=150, chunk_tokens=chunk_tokens, page_tokens=8, num_pages=num_pages)
     assert_same(run(together(engine, seed)), expected)
     assert engine.counts.discarded > 0
@@ -156,7 +157,8 @@ def test_an_observation_goes_in_the_rows_of_a_decoding_step_and_a_long_one_does_
             await engine.sample(acts, Sampling(), 2)
 
         await asyncio.gather(act(), engine.sample(thinks, Sampling(), 20))
-        return [[(row.slot == acts.slot, row.position, row.token) for row in rows] for rows in engine.decoder.rows], acts.ids
+        steps = [[(row.slot == acts.slot, row.position, row.token) for row in rows] for rows in engine.decoder.rows]
+        return steps, acts.ids
 
     rows, ids = run(observe(5))
     [step] = [step for step in rows[1:] if len(step) > 2]
@@ -210,6 +212,17 @@ def test_forks_survive_their_parents_truncation_and_eviction(model):
     assert run(orphans()).counts.fed == 49 + 2 * 5
 
 
+def test_a_truncation_gives_pages_back_and_what_stays_is_not_read_again(model):
+    engine = PagedEngine(model, NO_EOS, 4, 100, page_tokens=8)
+    sequence = engine.new(some_sequences([50])[0], b"a")
+    run(engine.prefill(sequence))
+    free, fed = engine.cache.num_free, engine.counts.fed
+    engine.truncate(sequence, 17, b"b")
+    assert engine.cache.num_free == free + 7 - 3
+    run(engine.sample(sequence, Sampling(), 1))
+    assert engine.counts.fed == fed + 1
+
+
 def test_a_long_prompt_is_fed_in_chunks_and_stalls_nobody(model):
     async def mix() -> tuple[list[int], PagedEngine]:
         engine = recorded(model, 2, chunk_tokens=10)
@@ -218,7 +231,7 @@ def test_a_long_prompt_is_fed_in_chunks_and_stalls_nobody(model):
         return [len(rows) for rows in engine.decoder.rows], engine
 
     rows, engine = run(mix())
-    assert rows == [1] * 9 + [2] + [1] * 10  # the 94 tokens before the last take ten steps, in all of which `short` decodes
+    assert rows == [1] * 9 + [2] + [1] * 10  # 94 tokens before the last take ten steps: `short` decodes in all of them
     assert engine.counts.fed == 95 + 20
 
 

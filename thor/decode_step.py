@@ -1,9 +1,10 @@
 """One token for many sequences: forward, sampling and the way back to the host, as one CUDA graph where there is a GPU.
 
-The host says for each row where it stands and what its uniform number is, both known before the token is, and which row
-of the step before its input token comes from; so the host can launch a step whose input it has not read. A graph is made
-for a few numbers of rows, at first use; a step with fewer rows is padded. Invariants: `launch` never waits for the
-device; tokens are read by `Launched.results`, which waits for that step only; without graphs the same code runs as it is.
+The host says for each row where it stands and what its uniform number is, both known before the token is, and which
+row of the step before its input token comes from; so the host can launch a step whose input it has not read. A graph
+is made for a few numbers of rows, at first use; a step with fewer rows is padded. Invariants: `launch` never waits
+for the device; tokens are read by `Launched.results`, which waits for that step only; without graphs the same code
+runs as it is.
 
 R rows · N pages of a row · V vocabulary
 """
@@ -139,7 +140,7 @@ class DecodeStep:
         return graph, logits
 
     def _sample_filtered(self, logits_RV: Tensor, rows: list[NextToken]) -> None:
-        """Top-k and top-p need a sort, and sometimes a look at its result: such rows are sampled again, beside the graph."""
+        """Top-k and top-p need a sort, at times a look at its result: such rows are sampled again, beside the graph."""
         filtered = {row.sampling: None for row in rows if row.sampling.is_filtered}
         for sampling in filtered:
             same = [i for i, row in enumerate(rows) if row.sampling == sampling]
@@ -171,8 +172,9 @@ def _fill(stage: _Stage, rows: list[NextToken], size: int, tables: np.ndarray) -
     reals[count:size] = 1.0
 
 
-def fused_forward(model: Decoder, cache: PagedCache, token_ids_R: Tensor, positions_R: Tensor, table_RN: Tensor) -> Tensor:
-    """`model(...)` for one token a row with a third of the kernels, hidden states [R, E]; the twin is the model itself."""
+def fused_forward(model: Decoder, cache: PagedCache, token_ids_R: Tensor, positions_R: Tensor,
+                  table_RN: Tensor) -> Tensor:
+    """`model(...)` for one token a row with a third of the kernels, hidden states [R, E]; its twin is the model."""
     from thor import kernels  # needs Triton
 
     config, rows = model.config, len(token_ids_R)

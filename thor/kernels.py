@@ -19,8 +19,8 @@ MAX_SPLITS = 16
 
 
 @triton.jit
-def _attend_part(q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, mixed_ptr, best_ptr, total_ptr, table_stride, scale,
-                 KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+def _attend_part(q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, mixed_ptr, best_ptr, total_ptr, table_stride,
+                 scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
                  BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
     """Softmax-weighted values over one part of a row's pages, for the query heads of one key/value head."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -55,7 +55,8 @@ def _attend_part(q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, mixed_pt
 
 
 @triton.jit
-def _join_parts(mixed_ptr, best_ptr, total_ptr, out_ptr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+def _join_parts(mixed_ptr, best_ptr, total_ptr, out_ptr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                SPLITS: tl.constexpr):
     """The parts of one query head, each weighted by its share of the softmax; an empty part has a maximum of -inf."""
     head = tl.program_id(0)
     s, d = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
@@ -85,8 +86,8 @@ def paged_decode(q_BHD: Tensor, keys: Tensor, values: Tensor, table_BN: Tensor, 
     group = num_heads // kv_heads
     _attend_part[(batch, kv_heads, splits)](
         q, keys, values, table_BN, positions_B, mixed, best, total, table_BN.stride(0), dim**-0.5, KV_HEADS=kv_heads,
-        GROUP=group, PAGE=page, DIM=dim, BLOCK_G=max(MIN_DOT, triton.next_power_of_2(group)), BLOCK_D=max(MIN_DOT, block_dim),
-        SPLITS=splits, PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+        GROUP=group, PAGE=page, DIM=dim, BLOCK_G=max(MIN_DOT, triton.next_power_of_2(group)),
+        BLOCK_D=max(MIN_DOT, block_dim), SPLITS=splits, PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
     out = torch.empty_like(q)
     _join_parts[(batch * num_heads,)](mixed, best, total, out, DIM=dim, BLOCK_D=block_dim, SPLITS=splits)
     return out
@@ -153,7 +154,7 @@ def _rotate_and_store(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_pt
 
 def rotate_and_store(q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor, cos_BD: Tensor, sin_BD: Tensor, keys: Tensor,
                      values: Tensor, table_BN: Tensor, positions_B: Tensor) -> Tensor:
-    """Rotated queries [B, H, D]; rotated keys and the values go into their pages. Twins: `model.rotate`, `PagedCache.write`."""
+    """Rotated queries [B, H, D]; keys (rotated) and values go into pages. Twins: `model.rotate`, `PagedCache.write`."""
     batch, heads, dim = q_BHD.shape
     kv_heads, page = keys.shape[1:3]
     out = torch.empty_like(q_BHD)

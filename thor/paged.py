@@ -1,9 +1,10 @@
-"""Keys and values in pages of a fixed number of tokens, for a GPU: forks share pages, and who writes to one owns it alone.
+"""Keys and values in pages of a fixed number of tokens, for a GPU: forks share pages, a writer owns its page alone.
 
-Each sequence in memory has a row of the block table, which names its pages in order. Forking copies references only; a
-shared page is copied when one of its owners is about to write to it, and that is never more than a sequence's last,
-partial one. Invariants: `references` of a page are the rows that name it; a page is written only while that is one; what
-lies beyond a sequence's length is finite (zeros or leftovers); page 0 belongs to nobody and takes what padding writes.
+Each sequence in memory has a row of the block table, which names its pages in order. Forking copies references only;
+a shared page is copied when one of its owners is about to write to it, and that is never more than a sequence's last,
+partial one. Invariants: `references` of a page are the rows that name it; a page is written only while that is one;
+what lies beyond a sequence's length is finite (zeros or leftovers); page 0 belongs to nobody and takes what padding
+writes.
 
 N pages · K key/value heads · P tokens of a page · D head dim
 """
@@ -63,7 +64,7 @@ class PagedCache:
         self._free_rows.append(row)
 
     def share(self, source: int, target: int, tokens: int) -> None:
-        """Let the empty row `target` refer to the pages with the first `tokens` tokens of `source`: what a fork costs."""
+        """Let the empty row `target` refer to the pages of the first `tokens` tokens of `source`: what a fork costs."""
         count = pages_for(tokens, self.page_tokens)
         assert self._num_pages_of[target] == 0, f"row {target} has pages already"
         assert count <= self._num_pages_of[source], f"row {source} has no {tokens} tokens to share"

@@ -94,7 +94,8 @@ def _piece(cache: PagedCache, rows: list[Row], members: list[int]) -> _Piece:
     width = max(pages_for(rows[i].start + rows[i].count, cache.page_tokens) for i in members)
     table = cache.tables[[rows[i].slot for i in members], :width]
     positions = [[rows[i].start + c for c in row] for i, row in zip(members, places, strict=True)]
-    return _Piece(*(upload(values, torch.int64, cache.keys.device) for values in (tokens, kept, stream, table, positions)))
+    arrays = (tokens, kept, stream, table, positions)
+    return _Piece(*(upload(values, torch.int64, cache.keys.device) for values in arrays))
 
 
 def decode(cache: PagedCache, table_RN: Tensor, positions_R: Tensor, use_kernels: bool) -> Attend:

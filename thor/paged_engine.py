@@ -1,13 +1,14 @@
 """The engine on a GPU: pages instead of slots, one graph a step, and a host that is one step behind the device.
 
-A step has two parts. Long stretches of unseen tokens are prefilled, at most `chunk_tokens` a sequence and PREFILL_TOKENS
-together, all but the last token; then every sequence with one unseen token reads it and samples the next (`decode_step`),
-those whose prefill ended just now among them. A short stretch, an observation, needs no pass of its own: its tokens are
-rows of the decoding step, as if of other sequences, since all rows store their keys before any of them looks. So a long
-prompt delays decoding by one bounded chunk a step, an observation by nothing. The next step is launched before this
-one's tokens are read: a sequence that turns out to have stopped costs one discarded token. Invariants: `cached` counts
-what the device has been told to store, and its work is done in order; pages given back may still be written to by the
-step under way, and are overwritten only after it; the oldest request always gets on.
+A step has two parts. Long stretches of unseen tokens are prefilled, at most `chunk_tokens` a sequence and
+PREFILL_TOKENS together, all but the last token; then every sequence with one unseen token reads it and samples the
+next (`decode_step`), those whose prefill ended just now among them. A short stretch, an observation, needs no pass of
+its own: its tokens are rows of the decoding step, as if of other sequences, since all rows store their keys before
+any of them looks. So a long prompt delays decoding by one bounded chunk a step, an observation by nothing. The next
+step is launched before this one's tokens are read: a sequence that turns out to have stopped costs one discarded
+token. Invariants: `cached` counts what the device has been told to store, and its work is done in order; pages given
+back may still be written to by the step under way, and are overwritten only after it; the oldest request always gets
+on.
 """
 
 import time
@@ -31,7 +32,7 @@ FEED_ROWS = 64  # rows of it beside one for each sequence, for stretches that sh
 
 @dataclass
 class _Plan:
-    """What one step will do: pages to copy first, rows to prefill, rows to decode with their requests (None: only read)."""
+    """What one step will do: pages to copy, rows to prefill, rows to decode with their requests (None: only read)."""
 
     copies: list[tuple[int, int]]
     prefills: list[tuple[Sequence, Row]]
@@ -52,10 +53,10 @@ class _UnderWay:
 
 
 class PagedEngine(Engine):
-    """`Engine` over pages. `num_slots` sequences of `max_tokens` fit at once, or more that are shorter or share prefixes.
+    """`Engine` over pages. `num_slots` sequences of `max_tokens` fit, or more that are shorter or share prefixes.
 
-    `num_pages` overrides that. `use_kernels` and `use_graphs` default to what the device can do; with neither, this runs
-    on a CPU and samples the same trajectories as `Engine`. A token's bits may depend on its batch mates here.
+    `num_pages` overrides that. `use_kernels` and `use_graphs` default to what the device can do; with neither, this
+    runs on a CPU and samples the same trajectories as `Engine`. A token's bits may depend on its batch mates here.
     """
 
     def __init__(self, model: Decoder, eos_ids: set[int], num_slots: int, max_tokens: int, chunk_tokens: int = 512,
@@ -77,7 +78,7 @@ class PagedEngine(Engine):
                           self.device)
 
     def fork(self, sequence: Sequence, key: bytes) -> Sequence:
-        """A copy with noise of its own, which refers to the parent's pages from now on, whatever becomes of the parent."""
+        """A copy with noise of its own, which refers to the parent's pages from now on, whatever becomes of those."""
         child = super().fork(sequence, key)
         if sequence.cached > 0 and (slot := self.cache.take()) is not None:
             self._hold(slot, child, sequence, min(sequence.cached, len(child.ids) - 1))
@@ -125,7 +126,8 @@ class PagedEngine(Engine):
         """The request's last token is being sampled: read it where the device has it, without knowing it."""
         sequence, position = request.sequence, len(request.sequence.ids)
         goes_on = sequence.slot is not None and position + 1 < request.limit  # without a slot it was evicted meanwhile
-        if goes_on and len(plan.decodes) < self.decoder.max_rows and self._reserve(plan, request, position, position + 1):
+        has_room = len(plan.decodes) < self.decoder.max_rows
+        if goes_on and has_room and self._reserve(plan, request, position, position + 1):
             noise = uniform(sequence.key, position + 1)
             plan.decodes.append((request, NextToken(sequence.slot, position, 0, row, noise, request.sampling)))
             plan.cached.append((sequence, position + 1))
@@ -149,8 +151,8 @@ class PagedEngine(Engine):
         else:
             plan.prefills.append((sequence, Row(sequence.slot, start, count)))
         if decodes:
-            noise = uniform(sequence.key, last + 1)
-            plan.decodes.append((request, NextToken(sequence.slot, last, sequence.ids[-1], -1, noise, request.sampling)))
+            noise, token = uniform(sequence.key, last + 1), sequence.ids[-1]
+            plan.decodes.append((request, NextToken(sequence.slot, last, token, -1, noise, request.sampling)))
         if not wanted and end == last:
             plan.read.append(request)
         plan.cached.append((sequence, end))
@@ -171,7 +173,7 @@ class PagedEngine(Engine):
         self._holders.append(sequence)
 
     def _reserve(self, plan: _Plan, request: Request, start: int, end: int) -> bool:
-        """Make positions `start` to `end` writable, evicting others if need be; copies of shared pages go into the plan."""
+        """Make positions `start` to `end` writable, evicting others if need be; the plan gets the pages to copy."""
         slot = request.sequence.slot
         while (missing := self.cache.missing(slot, start, end)) > self.cache.num_free:
             if not self._evict(plan, request):
@@ -183,8 +185,8 @@ class PagedEngine(Engine):
         return True
 
     def _evict(self, plan: _Plan, request: Request) -> bool:
-        """Take the pages of the least recently used idle sequence; if there is none, of the youngest request, for the sake
-        of one that is decoding or of the first in line."""
+        """Take the pages of the least recently used idle sequence; if there is none, of the youngest request, for the
+        sake of one that is decoding or of the first in line."""
         waiting = {id(other.sequence) for other in self._requests}
         idle = [other for other in self._holders if id(other) not in waiting]
         younger = self._requests[self._requests.index(request) + 1:]
@@ -219,7 +221,8 @@ class PagedEngine(Engine):
         requests = [request for request, _ in decodes]
         self.counts.fed += len(decodes)
         launched = self.decoder.launch([token for _, token in decodes])
-        return _UnderWay(launched, requests, {id(request): row for row, request in enumerate(requests) if request is not None})
+        row_of = {id(request): row for row, request in enumerate(requests) if request is not None}
+        return _UnderWay(launched, requests, row_of)
 
     def _read(self, step: _UnderWay) -> None:
         """Hand the tokens of a step out, except to those who have stopped meanwhile."""
