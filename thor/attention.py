@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from thor.cache import KEY_BLOCK, KVCache, round_up
 from thor.model import Attend, Decoder
@@ -64,6 +63,8 @@ def _causal_stream(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, bounds: Tensor, 
 
     Its arguments for causal masks and for fewer key/value heads came one after the other (torch 2.11 has no enable_gqa).
     """
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import, and no CPU can use it
+
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
