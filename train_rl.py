@@ -203,7 +203,7 @@ class Sampled:
 
 def main(options: TrainOptions) -> None:
     """Rounds of: sample, branch, filter, score, update."""
-    with open_ranks(options.device, options.replicas, options.dtype == "bfloat16") as ranks:
+    with open_ranks(options.device, options.replicas, mixed=options.dtype == "bfloat16") as ranks:
         run, out = begin(options, ranks), Path(options.out)
         if run.state.round >= options.rounds:
             if ranks.is_first:

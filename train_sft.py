@@ -98,7 +98,7 @@ class Trainer:
 def main(options: SftOptions) -> None:
     """Train until the last step, from the newest checkpoint if there is one."""
     check(options)
-    with open_ranks(options.device, options.replicas, options.dtype == "bfloat16") as ranks:
+    with open_ranks(options.device, options.replicas, mixed=options.dtype == "bfloat16") as ranks:
         train, held_out = read_samples(options)
         size = {"train_sequences": len(train), "train_tokens": sum(sample.num_trained for sample in train)}
         checkpoint = ranks.first(lambda: open_run(Path(options.out), dataclasses.asdict(options) | size, FREE))

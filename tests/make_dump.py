@@ -93,7 +93,7 @@ class World:
         kept = filter_trajectories(self.groups, TrajectoryFilters(0, 0, 0.5), self.template.decode)
         grown = filter_branches(self.branches)
         fresh = self.scored(trajectory_groups(kept.groups, options))
-        steps = self.scored(branch_groups(grown.groups, options))
+        steps = self.scored(branch_groups(grown.groups, options, self.template))
         dump, used = RoundDump(ROUND), carried + fresh[:len(fresh) - num_surplus]
         dump.drawn(self.groups, kept, fresh)
         dump.grown(self.branches, grown, steps, self.failures)

@@ -31,7 +31,7 @@ def free_port() -> int:
 def on_ranks(size: int, work: Work, *given: object, replicas: int = 1, patience: timedelta = PATIENCE) -> list[object]:
     """What `work(ranks, *given)` returns on each of `size` ranks; AssertionError for what a rank raised, or a hang."""
     def start(ranks_work: Work, result: Connection) -> object:
-        with open_ranks("cpu", replicas, patience) as ranks:
+        with open_ranks("cpu", replicas, patience=patience) as ranks:
             result.send((True, pickle.dumps(ranks_work(ranks, *given))))  # tensors by value, not as shared memory
 
     return [pickle.loads(answer) for _, answer in finished(start_ranks(size, lambda result: start(work, result)))]

@@ -130,7 +130,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_the_same_step_and_one_process_can_go
         assert found == {name: pytest.approx(value, rel=1e-2) for name, value in expected.items()}
 
 
-@pytest.mark.parametrize("who", [[1], [0, 1, 2]], ids=["one rank", "all ranks"])
+@pytest.mark.parametrize("who", [[1], [0], [0, 1, 2]], ids=["one rank", "the one with the store", "all ranks"])
 def test_an_error_is_one_sentence_from_one_rank_and_ends_all(who, capfd):
     def main(_: train_sft.SftOptions) -> None:
         with open_ranks("cpu") as ranks:

@@ -131,7 +131,8 @@ class Ranks:
 
 
 @contextmanager
-def open_ranks(device: str, replicas: int = 1, mixed: bool = False, patience: timedelta = PATIENCE) -> Iterator[Ranks]:
+def open_ranks(device: str, replicas: int = 1, *, mixed: bool = False,
+               patience: timedelta = PATIENCE) -> Iterator[Ranks]:
     """The ranks that torchrun started, or a world of one, which has a mesh only if it is `mixed`.
 
     Mixed precision is FSDP2's: float32 shares, of which a layer at a time is gathered in bfloat16, so that one process
@@ -159,10 +160,18 @@ def open_ranks(device: str, replicas: int = 1, mixed: bool = False, patience: ti
     try:
         yield Ranks(rank, size, mesh, store)
     except Exception:
-        if store.add("failed", 1) > 1:  # another rank was first; what this one saw is that it is gone
-            sys.exit(1)
+        if not _is_first_to_fail(store):
+            sys.exit(1)  # what this one saw is that another is gone
         raise
     dist.destroy_process_group()
+
+
+def _is_first_to_fail(store: dist.Store) -> bool:
+    """Whether no other rank has failed so far. The store goes with the rank that keeps it, which then was the first."""
+    try:
+        return store.add("failed", 1) == 1
+    except dist.DistError:
+        return False
 
 
 def load_sharded(directory: str | Path, ranks: Ranks, device: str, compute_dtype: torch.dtype | None = None,
