@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from generate import GenerateOptions, generate
+from generate import GenerateOptions, generate, read_settings
 from thor import config
 from thor.answers import question
 from thor.benchmarks import read_benchmark
 from thor.checkpoint import write_aside
 from thor.code_answers import as_questions, code_instruction
-from thor.code_benchmarks import is_code_benchmark, read_code_benchmark
+from thor.code_benchmarks import NAMES, is_code_benchmark, read_code_benchmark
 from thor.code_scores import judge_responses, judge_solutions
 from thor.code_tests import BROKEN, KINDS, Judge, Verdict
 from thor.compare import compare
@@ -74,7 +74,8 @@ def main(options: EvaluateOptions) -> None:
         evaluate_code(options, out)
         return
     if options.check_canonical:
-        raise ValueError("--check_canonical needs --benchmark with a code benchmark, whose own solutions it tests")
+        raise ValueError(f"--check_canonical tests a code benchmark's own solutions; --benchmark is {options.benchmark}; it "
+                         f"must be a file of one, or one of {', '.join(NAMES)}")
     responses = Path(options.responses) if options.responses else generate_responses(options, out)
     groups = by_problem(read_trajectories(responses))
     with Grader(options.graders) as grader:
@@ -115,7 +116,9 @@ def evaluate_code(options: EvaluateOptions, out: Path) -> None:
     metrics = accuracy_metrics(groups) | behaviour_metrics(groups) | {
         "verdicts": {kind: counts[kind] for kind in KINDS if counts[kind]}}
     settings = settings_of(options, groups) | {"broken_tests": sorted(broken)}
-    write_aside(out, to_text(settings, metrics, {group[0].id: row_of(group, None) for group in groups}))
+    asked, named = {problem.id: problem for problem in problems}, {group[0].id: group for group in groups}
+    rows = {name: row_of(group, None, asked[name].task, repr(asked[name].tests)) for name, group in named.items()}
+    write_aside(out, to_text(settings, metrics, rows))
     print(table(metrics))
     print(f"{len(groups)} problems × {len(groups[0])} samples · temperature {settings['temperature']} · {out} · "
           f"{len(broken)} problems left out, whose tests fail on the benchmark's own solution · {beside}")
@@ -329,7 +332,7 @@ def settings_of(options: EvaluateOptions, groups: list[Group]) -> dict[str, str 
     settings = {name: value for name, value in asdict(options).items() if name not in ("resume", "compare", "force")}
     if options.responses:
         beside = Path(options.responses + ".settings.json")
-        known = json.loads(beside.read_text()) if beside.is_file() else {}
+        known = read_settings(beside) if beside.is_file() else {}
         settings = {name: known.get(name) for name in settings} | {
             "responses": options.responses, "benchmark": options.benchmark, "graders": options.graders,
             "test_seconds": options.test_seconds}

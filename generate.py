@@ -105,8 +105,6 @@ def main(options: GenerateOptions) -> None:
         return replay(options)
     if (options.question is None) == (options.problems is None):
         raise ValueError("give either --question or --problems")
-    if options.model is None and options.question is not None:
-        options = with_demo_model(options)
     if options.model is None:
         raise ValueError("--model is missing: the Hugging Face directory of the model")
     if options.problems is not None:
@@ -119,14 +117,13 @@ def main(options: GenerateOptions) -> None:
     show_solutions(options)
 
 
-def with_demo_model(options: GenerateOptions) -> GenerateOptions:
-    """The options for the small model that comes with the repository: its settings, where no others were asked for."""
+def demo_defaults(options: GenerateOptions) -> config.Defaults:
+    """The small model that comes with the repository and its settings, for a question without --model; else nothing."""
+    if options.model is not None or options.question is None:
+        return {}
     print(f"no --model: the demo's model, which knows the demo's kinds of questions only ({DEMO_MODEL / 'README.md'})",
           file=sys.stderr)
-    defaults = {known.name: known.default for known in dataclasses.fields(options)}
-    settings = json.loads((DEMO_MODEL / "settings.json").read_text(encoding="utf-8"))
-    asked = {name: value for name, value in settings.items() if getattr(options, name) == defaults[name]}
-    return replace(options, model=str(DEMO_MODEL), **asked)
+    return json.loads((DEMO_MODEL / "settings.json").read_text(encoding="utf-8")) | {"model": str(DEMO_MODEL)}
 
 
 def show_solutions(options: GenerateOptions) -> None:
@@ -330,9 +327,12 @@ def read_settings(path: Path) -> dict[str, str | int | float | bool | None]:
     if not path.is_file():
         raise ValueError(f"{path} is missing, so it is not known how the trajectories beside it were made")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, the settings by name")
+    return settings
 
 
 def render(trajectory: Trajectory, template: Template, colour: bool) -> str:
@@ -357,4 +357,4 @@ def render(trajectory: Trajectory, template: Template, colour: bool) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, GenerateOptions, __doc__)
+    config.run(main, GenerateOptions, __doc__, defaults=demo_defaults)

@@ -103,7 +103,7 @@ def without(record: dict, *names: str) -> dict:
     ([MBPP, without(MBPP, "code")], "line 2: not a problem of MBPP, as the first is: no field code"),
     ([MBPP, HUMANEVAL], "line 2: not a problem of MBPP, as the first is: no field text, code, test_list"),
     ([MBPP, MBPP], "line 2: the id 'mbpp/9001' has been seen before"),
-    ([MBPP | {"test_list": []}], "line 1: not a problem of MBPP: IndexError"),
+    ([MBPP | {"test_list": []}], "line 1: its test_list is empty"),
     ([MBPP | {"test_list": 3}], "line 1: not a problem of MBPP: TypeError"),
     ([MBPP | {"test_list": ["assert pairs(1"]}], "line 1: its code or its tests are not Python"),
     ([MBPP | {"test_list": ["assert other(1)"]}], "line 1: its tests call no function that its own solution defines"),

@@ -159,7 +159,16 @@ def test_pairs_that_share_problems_have_no_mean():
     (-0.1, 0.1, 0.3, "do not tell A and B apart"), (0.0, 0.1, 0.2, "do not tell A and B apart"),
     (0.1, 0.2, 0.3, "B is better"), (-0.3, -0.2, -0.1, "A is better")])
 def test_the_verdict_follows_from_the_interval(low, value, high, words):
-    assert words in verdict({"low": low, "value": value, "high": high})
+    assert words in verdict({"low": low, "value": value, "high": high}, decided=6)
+
+
+@pytest.mark.parametrize("decided, words", [(0, "the interval holds 0"), (1, "only 1 problems"), (5, "only 5 problems"),
+                                            (6, "B is better")])
+def test_a_handful_of_problems_gives_no_verdict_however_narrow_the_interval(decided, words):
+    """All of them won: five are one side's by chance in 2 of 32 cases, six in 2 of 64."""
+    tied = {"tied": row([1], "t")}
+    first, second = (result(tied | {str(i): row([right], f"q{i}") for i in range(decided)}) for right in (0, 1))
+    assert words in report([compare_pair(first, second, force=False)])
 
 
 def write(path: Path, rows: dict[str, Row], **settings: str | float | None) -> str:
@@ -208,6 +217,13 @@ BAD = [
     (["GOOD", "OLD"], "has no results problem by problem: an older evaluate.py wrote it"),
     (["GOOD", "NEWER"], "problem 'a' has no tokens_generated: another version"),
     (["GOOD", "UNEVEN"], "same number of samples"),
+    (["GOOD", "NO_ROWS"], "must be objects"),
+    (["GOOD", "NO_SETTINGS"], "must be objects"),
+    (["GOOD", "NO_VERSIONS"], "must be objects"),
+    (["GOOD", "NO_ROW"], "problem 'a' has no classes, correct"),
+    (["GOOD", "WORDS"], "problem 'a' has values that evaluate.py does not write"),
+    (["GOOD", "PASSED"], "problem 'a' has values that evaluate.py does not write"),
+    (["GOOD", "CLASSES"], "problem 'a' has values that evaluate.py does not write"),
     (["GOOD", "K16"], "measured differently (samples 4, 16)"),
     (["GOOD", "HOT"], "measured differently (temperature 0.6, 1.0)"),
     (["GOOD", "OTHER"], "no problem in common"),
@@ -223,7 +239,11 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, messag
     (tmp_path / "E").mkdir()
     part = {name: value for name, value in whole["per_problem"]["a"].items() if name != "tokens_generated"}
     newer = whole | {"per_problem": {"a": part}}
-    texts = {"GOOD": whole, "LIST": [1], "OLD": {k: whole[k] for k in ("settings", "metrics")}, "NEWER": newer}
+    texts = {"GOOD": whole, "LIST": [1], "OLD": {k: whole[k] for k in ("settings", "metrics")}, "NEWER": newer,
+             "NO_ROWS": whole | {"per_problem": [1]}, "NO_SETTINGS": whole | {"settings": [1]},
+             "NO_VERSIONS": whole | {"settings": {"versions": "x"}}, "NO_ROW": whole | {"per_problem": {"a": 5}}}
+    for name, change in (("WORDS", {"correct": "ab"}), ("PASSED", {"passed": [5, 5]}), ("CLASSES", {"classes": ["x", "y"]})):
+        texts[name] = whole | {"per_problem": {"a": whole["per_problem"]["a"] | change}}
     places = {name: str(tmp_path / f"{name}.json") for name in [*texts, "TEXT", "UNEVEN", "K16", "HOT", "OTHER"]}
     for name, record in texts.items():
         Path(places[name]).write_text(json.dumps(record))

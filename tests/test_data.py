@@ -1,5 +1,6 @@
 """Files in and out: what is wrong names file and line, and a killed run's half line is cut off."""
 
+import gzip
 import json
 
 import pytest
@@ -51,6 +52,14 @@ def test_missing_empty_and_broken_files_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(LINE).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ValueError, match="line 2: not UTF-8"):
         read_problems(tmp_path / "latin.jsonl")
+
+
+@pytest.mark.parametrize("damage", [lambda packed: b"plain text", lambda packed: packed[:-9], lambda packed: packed[:20] + b"?" * 40])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b'{"id": "a", "question": "b", "answer": "c"}\n')))
+    with pytest.raises(ValueError, match="x.jsonl.gz is not a whole gzip file"):
+        read_problems(path)
 
 
 @pytest.mark.parametrize("half", [b"", b'{"id": "b", "sam', b"x" * 200_000])

@@ -1,6 +1,7 @@
 """evaluate.py on code benchmarks: numbers on cases that can be counted by hand, the commands, and bad input."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from code_records import CASES, PAIRS
@@ -54,6 +55,36 @@ def test_a_file_of_responses_is_graded_by_the_tests(tmp_path, capsys):
     assert "1 problems left out" in capsys.readouterr().out
 
 
+def rows_of(place, record: dict, question: str) -> str:
+    """The JSON of an evaluation of six right responses to six copies of the record, which was put in these words."""
+    place.mkdir()
+    copies = [record | {"task_id": number} for number in range(6)]
+    given = [replace(response(f"mbpp/{number}", 0, RIGHT), question=question) for number in range(6)]
+    command("--responses", write(place / "r.jsonl", list(map(to_json, given))), "--benchmark", write(
+        place / "b.jsonl", list(map(json.dumps, copies))), "--out", str(place / "scores.json"))
+    return str(place / "scores.json")
+
+
+def test_styles_that_ask_in_other_words_can_be_compared_and_other_tests_of_the_same_task_cannot(tmp_path, capsys):
+    first = rows_of(tmp_path / "a", MBPP, "in chat style")
+    command("--compare", first, rows_of(tmp_path / "b", MBPP, "the beginning of a file"))
+    assert "6 common problems" in capsys.readouterr().out
+    more = MBPP | {"test_list": [*MBPP["test_list"], "assert pairs([1, 1], 2) == {(1, 1)}"]}
+    with pytest.raises(SystemExit) as ended:
+        command("--compare", first, rows_of(tmp_path / "c", more, "in chat style"))
+    assert ended.value.code == 2 and "no problem in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not JSON"), ("[]", "must hold a JSON object")])
+def test_settings_beside_responses_that_cannot_be_read_are_named(tmp_path, text, message, capsys):
+    responses = write(tmp_path / "r.jsonl", [to_json(response("mbpp/9001", 0, RIGHT))])
+    write(tmp_path / "r.jsonl.settings.json", [text])
+    with pytest.raises(SystemExit) as ended:
+        command("--responses", responses, "--benchmark", write(tmp_path / "b.jsonl", [json.dumps(MBPP)]), "--out",
+                str(tmp_path / "x.json"))
+    assert ended.value.code == 2 and f"r.jsonl.settings.json {message}" in capsys.readouterr().err
+
+
 def test_the_benchmarks_own_solutions_can_be_checked_without_a_model(tmp_path, capsys):
     good = write(tmp_path / "good.jsonl", [json.dumps(MBPP)])
     both = write(tmp_path / "both.jsonl", [json.dumps(MBPP), json.dumps(BROKEN)])
@@ -68,8 +99,8 @@ def test_the_benchmarks_own_solutions_can_be_checked_without_a_model(tmp_path, c
 @pytest.mark.parametrize("arguments, message", [
     (["--benchmark", "CODE"], "--model is missing"),
     (["--benchmark", "LIVE", "--check_canonical"], "has no solutions of its own"),
-    (["--benchmark", "math-500", "--check_canonical"], "--check_canonical needs --benchmark with a code benchmark"),
-    (["--check_canonical"], "--check_canonical needs --benchmark with a code benchmark"),
+    (["--benchmark", "math-500", "--check_canonical"], "it must be a file of one, or one of humaneval, humaneval+"),
+    (["--check_canonical"], "it must be a file of one, or one of humaneval, humaneval+"),
     (["--benchmark", "CODE", "--responses", "OTHER"], "the responses have a problem 'a', which the benchmark has not"),
     (["--benchmark", "CODE", "--responses", "BROKEN"], "no own solution"),
     (["--benchmark", "VERSION", "--responses", "OTHER"], "line 1: a version of a code benchmark that is not known"),

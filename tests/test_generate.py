@@ -16,7 +16,7 @@ import pytest
 from tqdm import tqdm
 
 import tiny
-from generate import DEMO_MODEL, MAX_LOST, GenerateOptions, Sink, main, render, with_demo_model
+from generate import DEMO_MODEL, MAX_LOST, GenerateOptions, Sink, demo_defaults, main, render
 from thor import config
 from thor.template import Template
 from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json
@@ -227,9 +227,10 @@ def test_the_first_command_of_the_readme_prints_what_the_readme_shows():
     assert "[dropped:" in shown and "1 corrections" in shown
 
 
-def test_the_model_that_comes_along_is_small_and_takes_other_flags(capsys):
+@pytest.mark.parametrize("temperature", [0.2, GenerateOptions().temperature])  # the script's own default, asked for, counts too
+def test_the_model_that_comes_along_is_small_and_takes_other_flags(temperature, capsys):
     assert sum(path.stat().st_size for path in DEMO_MODEL.iterdir()) < 3e6
-    options = with_demo_model(config.parse(
-        GenerateOptions, "", ["--question", "1+1?", "--temperature", "0.2", "--seed", "3"]))
-    assert (options.model, options.temperature, options.seed, options.style) == (str(DEMO_MODEL), 0.2, 3, "base")
+    options = config.parse(GenerateOptions, "", ["--question", "1+1?", "--temperature", str(temperature), "--seed", "3"],
+                           demo_defaults)
+    assert (options.model, options.temperature, options.seed, options.style) == (str(DEMO_MODEL), temperature, 3, "base")
     assert "no --model" in capsys.readouterr().err

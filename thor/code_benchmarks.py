@@ -73,6 +73,8 @@ def mbpp_plus(record: dict, where: str) -> CodeProblem:
 
 def _mbpp(record: dict, where: str, setup: str, tests: str, text: str) -> CodeProblem:
     """The model is shown the sentence and the first assertion, which names the function; the others stay hidden."""
+    if not record["test_list"]:
+        raise ValueError(f"{where}: its test_list is empty; it must hold one assertion or more")
     code, first = record["code"].replace("\r\n", "\n"), record["test_list"][0].strip()
     called = called_functions(where, code, tests)
     entry = next((name for name in called if re.search(rf"\b{name}\b", first)), called[0])

@@ -20,6 +20,7 @@ COMPARED = ("model", "style", "system", "instruction", "thinking", "max_correcti
 MEASURED = ("samples", "temperature", "top_p", "top_k", "max_response_tokens", "max_code_rounds", "max_thinking_tokens",
             "cpu_seconds", "grade_seconds", "test_seconds")
 GRADERS = ("math-verify", "sympy")
+MIN_DECIDED = 6  # problems won or lost, below which one side has all of them by chance in 1 of 20 cases (a sign test)
 
 Shares = tuple[np.ndarray, np.ndarray]  # numerators and denominators of a mean or a pooled rate, float [P] each
 
@@ -71,14 +72,15 @@ def compare_pair(first: Result, second: Result, force: bool) -> Comparison:
         raise ValueError(f"{first.path} and {second.path} were measured differently ({'; '.join(measured)}); --force "
                          "compares them all the same")
     both = [name for name in first.rows if name in second.rows]
-    names = [name for name in both if first.rows[name].question == second.rows[name].question]
+    names = [name for name in both if first.rows[name].question == second.rows[name].question
+             and first.rows[name].tests == second.rows[name].tests]
     if not names:
-        raise ValueError(f"{first.path} and {second.path} have no problem in common")
+        raise ValueError(f"{first.path} and {second.path} have no problem in common (the same id, question and tests)")
     notes = [f"measured differently, compared by force: {'; '.join(measured)}"] * bool(measured)
     notes += [f"not recorded in either, so not checked: {', '.join(unknown)}"] * bool(unknown)
     compared, renamed = differing(first, second, COMPARED), len(both) - len(names)
     notes += [f"what is compared: {'; '.join(compared)}"] * bool(compared)
-    notes += [f"{renamed} problems have the id of another question in the other file: not compared"] * bool(renamed)
+    notes += [f"{renamed} problems have the id of another question or other tests in the other file: not compared"] * bool(renamed)
     files = f"{first.path.stem} → {second.path.stem}"
     alone = f"A has {len(first.rows) - len(names)} more alone, B {len(second.rows) - len(names)}"
     where = f"A is {first.path}, B is {second.path}; {len(names)} common problems, {alone}"
@@ -177,8 +179,11 @@ def points(metric: dict[str, float | None]) -> str:
     return f"{100 * metric['value']:+.1f} [{100 * metric['low']:+.1f}, {100 * metric['high']:+.1f}]"
 
 
-def verdict(metric: dict[str, float | None]) -> str:
-    """What the interval lets us say."""
+def verdict(metric: dict[str, float | None], decided: int) -> str:
+    """What the interval lets us say, where `decided` problems were won or lost: few of them make it too narrow."""
+    if 0 < decided < MIN_DECIDED:
+        return (f"only {decided} problems were won or lost, fewer than {MIN_DECIDED}, so chance alone may give all of them "
+                "to one side: these problems do not tell A and B apart")
     if metric["low"] <= 0 <= metric["high"]:
         return "the interval holds 0: these problems do not tell A and B apart"
     return f"{'B' if metric['value'] > 0 else 'A'} is better, beyond the noise of which problems were asked"
@@ -201,7 +206,8 @@ def report(comparisons: list[Comparison]) -> str:
     elif overall is not None:
         means = " | ".join(mean_accuracy(comparisons, side) for side in (0, 1))
         lines.append(f"| mean of the benchmarks | | {means} | {points(overall)} | |")
-    return "\n".join(lines if overall is None else [*lines, "", verdict(overall)])
+    decided = sum(sum(outcome(comparison)[:2]) for comparison in comparisons)
+    return "\n".join(lines if overall is None else [*lines, "", verdict(overall, decided)])
 
 
 def mean_accuracy(comparisons: list[Comparison], side: int) -> str:

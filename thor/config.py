@@ -14,6 +14,7 @@ from typing import TypeVar
 from transformers import HfArgumentParser
 
 Options = TypeVar("Options")
+Defaults = dict[str, str | int | float | bool | None]  # by the name of a field
 
 
 def option(default: str | int | float | bool | None, text: str) -> dataclasses.Field:
@@ -31,9 +32,15 @@ def several(text: str) -> dataclasses.Field:
     return dataclasses.field(default_factory=list, metadata={"help": text})
 
 
-def parse(options_class: type[Options], description: str, argv: list[str] | None = None) -> Options:
-    """The command line as an instance of `options_class`; unknown or malformed flags end the program with code 2."""
+def parse(options_class: type[Options], description: str, argv: list[str] | None = None,
+          defaults: Callable[[Options], Defaults] | None = None) -> Options:
+    """The command line as an instance of `options_class`; unknown or malformed flags end the program with code 2.
+
+    `defaults` is given the options and may name other defaults; a flag on the command line goes before them.
+    """
     parser = HfArgumentParser(options_class, description=description.strip())
+    if defaults is not None:
+        parser.set_defaults(**defaults(parser.parse_args_into_dataclasses(argv)[0]))
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
@@ -43,10 +50,10 @@ def save(options: Options, path: Path) -> None:
 
 
 def run(main: Callable[[Options], None], options_class: type[Options], description: str,
-        argv: list[str] | None = None) -> None:
+        argv: list[str] | None = None, defaults: Callable[[Options], Defaults] | None = None) -> None:
     """Parse, call `main`, and turn a user's mistake into one sentence on stderr and exit code 2."""
     try:
-        main(parse(options_class, description, argv))
+        main(parse(options_class, description, argv, defaults))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

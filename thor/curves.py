@@ -3,7 +3,7 @@
 Three ways to choose one of N samples (method, section 5 and 6): majority, the largest class of equivalent answers;
 best_of, the highest pass rate of its code, then the largest class, which needs no label either; oracle, a right one if
 there is any, pass@N. A problem's value at N is its mean over the N-subsets of its samples (all of them, or MAX_SUBSETS
-seeded ones), so nothing depends on the order in which samples were drawn. Costs are tokens generated, dropped ones too.
+seeded ones); the order of samples decides ties alone, where the lowest wins. Costs are tokens generated, dropped ones too.
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ file and line. A file that a killed run was writing may end in half a line; that
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +32,21 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist or is not a file")
     with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(_whole(file, path), 1):
             try:
                 line = raw.decode()
             except UnicodeDecodeError:
                 raise ValueError(f"{path}, line {number}: not UTF-8") from None
             if line.strip():
                 yield number, line
+
+
+def _whole(file: BinaryIO, path: str | Path) -> Iterator[bytes]:
+    """Its lines. ValueError for a .gz that is none, or only a part of one."""
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error})") from None
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:

@@ -7,7 +7,7 @@ passed, and how many tokens it cost. Invariant: all lists of all rows of a file 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from thor.trajectory import Trajectory, kept_executions
@@ -19,12 +19,13 @@ Setting = str | int | float | bool | None | dict[str, str]
 class Row:
     """The samples of one problem."""
 
-    question: str                    # 12 hexadecimal digits of the SHA-256 of its text
+    question: str                    # a fingerprint of its text
     correct: list[int]               # 1 or 0
     classes: list[int | None] | None  # the first sample with an equivalent answer, None without a box; or no list
     run: list[int]                   # code blocks that ran and were kept
     passed: list[int]                # those of them that passed
     tokens_generated: list[int]      # dropped attempts included
+    tests: str | None = None         # code benchmarks: a fingerprint of its tests
 
     @property
     def samples(self) -> int:
@@ -59,13 +60,22 @@ class Result:
         return parts[-2] if inside else parts[-1]
 
 
-def row_of(group: list[Trajectory], classes: list[int | None] | None) -> Row:
-    """The row of one problem from its graded samples, in order; `classes` as Row has them."""
+def row_of(group: list[Trajectory], classes: list[int | None] | None, question: str | None = None,
+           tests: str | None = None) -> Row:
+    """The row of one problem from its graded samples, in order; `classes` as Row has them.
+
+    `question` is what the problem asks, if styles put it to a model in different words; `tests` what decides about it.
+    """
     runs = [kept_executions(trajectory) for trajectory in group]
-    return Row(hashlib.sha256(group[0].question.encode()).hexdigest()[:12],
+    return Row(fingerprint(group[0].question if question is None else question),
                [int(trajectory.correct) for trajectory in group], classes,
                [len(kept) for kept in runs], [sum(run.passed for run in kept) for kept in runs],
-               [trajectory.tokens_generated for trajectory in group])
+               [trajectory.tokens_generated for trajectory in group], None if tests is None else fingerprint(tests))
+
+
+def fingerprint(text: str) -> str:
+    """12 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
 
 
 def to_text(settings: dict[str, Setting], metrics: dict[str, dict], rows: dict[str, Row]) -> str:
@@ -85,6 +95,9 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{path} is not JSON ({error}); it must be a file that evaluate.py wrote with --out") from None
     if not isinstance(record, dict) or not {"settings", "metrics"} <= record.keys():
         raise ValueError(f"{path} has no settings and metrics; it must be a file that evaluate.py wrote with --out")
+    if not (isinstance(record["settings"], dict) and isinstance(record["settings"].get("versions") or {}, dict)
+            and isinstance(record.get("per_problem") or {}, dict)):
+        raise ValueError(f"{path}: settings, versions and per_problem must be objects, as evaluate.py writes them")
     if not record.get("per_problem"):
         raise ValueError(f"{path} has no results problem by problem: an older evaluate.py wrote it; grade its "
                          "responses once more (evaluate.py --responses FILE --out FILE.json)")
@@ -92,15 +105,29 @@ def read_result(path: Path) -> Result:
 
 
 def _rows(path: Path, record: dict[str, dict]) -> dict[str, Row]:
-    known, rows = {field.name for field in fields(Row)}, {}
+    known, needed = {field.name for field in fields(Row)}, {field.name for field in fields(Row) if field.default is MISSING}
+    rows = {}
     for name, row in record.items():
-        missing = known - row.keys()
+        missing = needed - row.keys() if isinstance(row, dict) else needed
         if missing:
             raise ValueError(f"{path}: problem {name!r} has no {', '.join(sorted(missing))}: another version of "
                              "evaluate.py wrote it; grade its responses once more")
-        rows[name] = Row(**{key: row[key] for key in known})
+        rows[name] = Row(**{key: row[key] for key in known & row.keys()})
+        if not _possible(rows[name]):
+            raise ValueError(f"{path}: problem {name!r} has values that evaluate.py does not write; grade its responses "
+                             "once more")
     lengths = {len(values) for row in rows.values()
                for values in (row.correct, row.run, row.passed, row.tokens_generated, row.classes or row.correct)}
     if len(lengths) != 1 or lengths == {0}:
         raise ValueError(f"{path}: its problems must all have the same number of samples, one or more")
     return rows
+
+
+def _possible(row: Row) -> bool:
+    """Whether its lists hold what Row says: whole numbers, and no more right or passed than there can be."""
+    counts = (row.correct, row.run, row.passed, row.tokens_generated)
+    if not all(isinstance(values, list) and all(isinstance(value, int) and value >= 0 for value in values) for values in counts):
+        return False
+    classes = [] if row.classes is None else row.classes
+    return (isinstance(classes, list) and all(c is None or isinstance(c, int) and 0 <= c < row.samples for c in classes)
+            and max(row.correct, default=0) <= 1 and all(few <= many for few, many in zip(row.passed, row.run, strict=False)))
