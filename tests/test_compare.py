@@ -183,7 +183,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     assert (read.model, read.benchmark, read.samples) == ("a", "bench", 4)
 
 
-def test_directories_are_paired_by_file_name(tmp_path):
+def test_directories_are_paired_by_file_name_and_what_one_has_alone_is_said(tmp_path, capsys):
     for folder, names in (("A", "xyz"), ("B", "yzw")):
         (tmp_path / folder).mkdir()
         for name in names:
@@ -191,6 +191,7 @@ def test_directories_are_paired_by_file_name(tmp_path):
             (tmp_path / folder / f"{name}.responses.jsonl.settings.json").write_text("")
     first, second = tmp_path / "A", tmp_path / "B"
     assert pairs([first, second]) == [(first / f"{name}.json", second / f"{name}.json") for name in "yz"]
+    assert capsys.readouterr().out == f"only in {first}, so not compared: x.json\nonly in {second}, so not compared: w.json\n"
 
 
 def test_the_command_compares_pairs_and_draws_them(tmp_path, capsys):

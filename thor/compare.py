@@ -51,13 +51,16 @@ def compare(paths: Sequence[str], force: bool, picture: str | None) -> None:
 
 
 def pairs(paths: list[Path]) -> list[tuple[Path, Path]]:
-    """Files by twos, or the files of two directories that have the same name."""
+    """Files by twos, or the files of two directories that have the same name; those that one has alone are printed."""
     if len(paths) == 2 and all(path.is_dir() for path in paths):
         one, other = ({path.name for path in directory.glob("*.json") if not path.name.endswith(".settings.json")}
                       for directory in paths)
         if not one & other:
             raise ValueError(f"{paths[0]} and {paths[1]} have no evaluation of the same name, as A/math-500.json and "
                              "B/math-500.json")
+        for directory, alone in ((paths[0], one - other), (paths[1], other - one)):
+            if alone:
+                print(f"only in {directory}, so not compared: {', '.join(sorted(alone))}")
         return [(paths[0] / name, paths[1] / name) for name in sorted(one & other)]
     if len(paths) < 2 or len(paths) % 2 or any(path.is_dir() for path in paths):
         raise ValueError("--compare takes A.json B.json, several such pairs, or two directories; got "
