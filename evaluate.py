@@ -78,6 +78,7 @@ def main(options: EvaluateOptions) -> None:
                          f"must be a file of one, or one of {', '.join(NAMES)}")
     responses = Path(options.responses) if options.responses else generate_responses(options, out)
     groups = by_problem(read_trajectories(responses))
+    check_samples(options, groups)
     with Grader(options.graders) as grader:
         disagreements = grade_all(groups, grader)
         metrics = compute_metrics(groups, grader)
@@ -103,6 +104,7 @@ def evaluate_code(options: EvaluateOptions, out: Path) -> None:
     responses = Path(options.responses) if options.responses else generate_responses(
         options, out, as_questions(problems, options.instruction))
     groups = by_problem(read_trajectories(responses), gold=False)
+    check_samples(options, groups)
     trajectories = [trajectory for group in groups for trajectory in group]
     verdicts = judge_responses(problems, trajectories, judge)
     beside = out.with_name(out.stem + ".verdicts.jsonl")
@@ -184,6 +186,13 @@ def by_problem(trajectories: list[Trajectory], gold: bool = True) -> list[Group]
         raise ValueError("problems have different numbers of samples (" + ", ".join(
             f"{problems} have {samples}" for samples, problems in sorted(counts.items())) + "): finish the run first")
     return [sorted(groups[name], key=lambda trajectory: trajectory.sample) for name in sorted(groups)]
+
+
+def check_samples(options: EvaluateOptions, groups: list[Group]) -> None:
+    """ValueError if an evaluation that goes on finds more samples than it is to have."""
+    if options.responses is None and len(groups[0]) != options.samples:
+        raise ValueError(f"{options.out} holds {len(groups[0])} samples of each problem and --samples is {options.samples}; "
+                         "ask for as many, or name another --out")
 
 
 def grade_all(groups: list[Group], grader: Grader) -> list[dict[str, str | int | bool]]:

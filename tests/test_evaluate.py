@@ -199,6 +199,15 @@ def test_a_killed_evaluation_that_is_resumed_writes_the_json_of_an_uninterrupted
     assert (killed / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
+def test_more_samples_than_asked_for_are_not_averaged_silently():
+    groups = [[solution("a", sample, "1") for sample in range(4)]]
+    options = EvaluateOptions(model="m", benchmark="b", out="o.responses.jsonl", samples=2)
+    with pytest.raises(ValueError, match="o.responses.jsonl holds 4 samples of each problem and --samples is 2"):
+        evaluate.check_samples(options, groups)
+    evaluate.check_samples(replace(options, samples=4), groups)
+    evaluate.check_samples(replace(options, responses="o.responses.jsonl"), groups)
+
+
 def test_resume_refuses_to_begin(tmp_path, capsys):
     """Who resumes and mistypes --out should not wait for a new run."""
     (tmp_path / "p.jsonl").write_text('{"id": "a", "question": "1+1", "answer": "2"}\n')
