@@ -103,6 +103,8 @@ def main(options: GenerateOptions) -> None:
         if options.question is not None or options.problems is not None:
             raise ValueError("--replay takes its problems from the file; leave --question and --problems out")
         return replay(options)
+    if options.recorded_tools:
+        raise ValueError("--recorded_tools takes outputs from a file of trajectories; name it with --replay FILE")
     if (options.question is None) == (options.problems is None):
         raise ValueError("give either --question or --problems")
     if options.model is None:

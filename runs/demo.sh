@@ -99,4 +99,4 @@ fi
 python runs/demo_table.py "$OUT"
 PLAIN=${OUT/-thinking/}
 [ "$PLAIN" = "$OUT" ] || [ ! -f "$PLAIN/table.md" ] || python runs/demo_table.py --out "$OUT" --beside "$PLAIN"
-echo "every token of the last round of T5, as a page: python -m thor.report $OUT/t5"
+echo "every token of the last round of T5, as a page: .venv/bin/python -m thor.report $OUT/t5"

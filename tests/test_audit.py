@@ -293,13 +293,16 @@ def test_the_exit_code_is_0_where_all_agrees_1_where_not_and_2_without_a_dump(fa
     assert (good.returncode, bad.returncode, none.returncode) == (0, 1, 2)
     assert len(good.stdout.splitlines()) == 1 and good.stdout.startswith("round 1: 48 trajectories, ")
     assert len(none.stderr.splitlines()) == 1 and "holds no dumped round" in none.stderr
-    assert check().returncode == 2
+    assert [(check(*given).returncode, check(*given).stderr) for given in ([], ["--help"])] == [
+        (2, "error: usage: python -m thor.audit DIR\n")] * 2
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]\n"])
-def test_a_dump_that_is_not_whole_gets_one_sentence_and_exit_code_2(faulty, tmp_path, broken):
+@pytest.mark.parametrize(("name", "broken"), [
+    ("samples.jsonl", ""), ("samples.jsonl", "{"), ("samples.jsonl", "[]\n"), ("settings.json", "{}\n"),
+    ("settings.json", "[]\n"), ("trajectories.jsonl", '{"id": 1}\n')])
+def test_a_dump_that_is_not_whole_gets_one_sentence_and_exit_code_2(faulty, tmp_path, name, broken):
     copy = shutil.copytree(faulty["none"] / "dump" / "round_000001", tmp_path / "round")
-    (copy / "samples.jsonl").write_text(broken)
+    (copy / name).write_text(broken)
     said = check(str(copy))
     assert said.returncode == 2 and len(said.stderr.splitlines()) == 1
 

@@ -167,6 +167,7 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
     (["--model", "TINY", "--problems", "PROBLEMS", "--out", "/proc/no/such.jsonl"], "cannot be written"),
     (["--replay", "none.jsonl"], "does not exist"),
     (["--replay", "PROBLEMS", "--question", "x"], "leave --question and --problems out"),
+    (["--question", "x", "--recorded_tools"], "name it with --replay"),
     (["--nonsense", "1"], "nonsense"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, arguments, message, capsys):

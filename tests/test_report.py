@@ -204,6 +204,14 @@ def test_a_round_that_was_not_dumped_is_named_with_those_that_were(run):
     assert report.find_dump(run, 2) == report.find_dump(report.find_dump(run, None), None)
 
 
+def test_a_line_separator_that_a_model_wrote_ends_no_line_of_a_dump(run, tmp_path):
+    copy = shutil.copytree(report.find_dump(run, None), tmp_path / "round_000002")
+    lines = [json.loads(line) for line in (copy / "trajectories.jsonl").read_text().split("\n")[:-1]]
+    lines[0]["text"] += "\u2028\x85"
+    (copy / "trajectories.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert report.read_dump(copy).samples[0]["sequence"].text.endswith("\u2028\x85")
+
+
 @pytest.mark.parametrize(("name", "content"), [
     ("samples.jsonl", b"{}\n"), ("tokens.safetensors", b"x"), ("settings.json", b"{"),
     ("trajectories.jsonl", b'{"id": 1}\n'), ("updates.jsonl", b"[]\n")])
@@ -424,15 +432,17 @@ def test_the_weight_of_every_token_is_the_derivative_of_the_loss(light, dump, ch
         assert seen[place] == pytest.approx(value, rel=1e-3, abs=1e-5 * scale), place
 
 
-def test_the_inspector_shows_how_the_weight_is_made(light):
+def test_the_inspector_shows_how_the_weight_is_made(light, dump):
     [said] = view(light, "group=0&sample=0&colour=ratio&token=0")["inspect"]
     assert "0 (Eq. 5: ρ above 1 + ε_high) + α 0.01 / " in said and "tokens with Â > 0 (Eq. 6)" in said
+    assert said.endswith(f"; the tokens counted are those of update {dump.samples[0]['update']}, trajectories alone")
 
 
 def test_a_branchs_token_has_an_address_too(light, dump):
     [said] = view(light, "group=6&sample=1&token=0")["inspect"]
     tokens = dump.updates[dump.samples[18]["update"]]["counts"]["step_tokens"]
     assert f"Â −1.155 / {tokens} tokens" in said or "Eq. 5: ρ above c" in said
+    assert said.endswith(f"those of update {dump.samples[18]['update']}, branches alone")
 
 
 def test_curves_mark_the_dumped_round_and_say_its_numbers(light):

@@ -144,18 +144,21 @@ def read_round(directory: Path, kept: dict[int, list[Item]]) -> Round:
         rows, updates = ([json.loads(line) for line in lines(name)] for name in ("samples.jsonl", "updates.jsonl"))
         records = {level: [from_json(line) for line in lines(name)] for level, name in LEVELS.items()}
         columns = load_file(directory / "tokens.safetensors")
-    except (json.JSONDecodeError, SafetensorError, IndexError) as error:
-        raise ValueError(f"{directory} is not a whole dump: {error}") from None
+        number, options = settings["round"], settings["options"]
+    except (json.JSONDecodeError, SafetensorError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory} is not a whole dump: {error!r}") from None
+    if missing := sorted({"token", "position", "sampled", "old", "new"} - columns.keys()):
+        raise ValueError(f"{directory}: tokens.safetensors has no {', '.join(missing)}")
     if not all(isinstance(row, dict) and "line" in row for row in rows):
         raise ValueError(f"{directory}: samples.jsonl holds something else than samples")
     listed = [(row["level"], row["line"]) for row in rows if not row["carried"]]
     if listed != [(level, line) for level in LEVELS for line in range(len(records[level]))]:
         raise ValueError(f"{directory}: samples.jsonl does not list the trajectories and the branches one by one")
-    before = iter(kept.get(settings["round"] - 1, []))
+    before = iter(kept.get(number - 1, []))
     items = [Item(row, records[row["level"]][row["line"]]) if not row["carried"] else
              Item(row, getattr(next(before, None), "record", None)) for row in rows]
     tokens = {name: column.astype(np.float64) for name, column in columns.items()}
-    return Round(settings["round"], settings["options"], items, tokens, updates, metrics)
+    return Round(number, options, items, tokens, updates, metrics)
 
 
 def audit_round(dump: Round, before: list[Item]) -> Findings:
@@ -380,7 +383,7 @@ def report(dump: Round, findings: Findings) -> None:
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 2:
+        if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
             raise ValueError("usage: python -m thor.audit DIR")
         sys.exit(0 if audit(Path(sys.argv[1])) else 1)
     except (ValueError, OSError) as error:

@@ -105,7 +105,7 @@ def _records(path: Path) -> list[Line]:
 
 def _lines(path: Path) -> list[Trajectory]:
     """Trajectories or branches; their ids may repeat."""
-    return [from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [from_json(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]  # U+2028 ends no line here
 
 
 class Vocabulary:
