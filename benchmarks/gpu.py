@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_peer  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_training  # noqa: E402
-from gpu_shapes import QWEN_1_5B, QWEN_7B, TINY, build_model, layer_bytes, report, synchronize  # noqa: E402
+from gpu_shapes import (  # noqa: E402
+    QWEN_1_5B, QWEN_7B, TINY, build_model, key_bytes, layer_bytes, report, seconds_of, some_ids, synchronize)
 
 from thor import config  # noqa: E402
 from thor.batch import Sample, make_pack, score  # noqa: E402
@@ -164,21 +165,9 @@ def ceilings(bench: Bench) -> Numbers:
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, count, count, device=bench.device).to(bench.dtype).unbind(0)
-    copy = seconds_of(bench, lambda: target.copy_(source), 20)
-    product = seconds_of(bench, lambda: a @ b, 20)
+    copy = seconds_of(bench.device, lambda: target.copy_(source), 20)
+    product = seconds_of(bench.device, lambda: a @ b, 20)
     return {"bytes_per_second": 2 * size / copy, "flops_per_second": 2 * count**3 / product}
-
-
-def seconds_of(bench: Bench, action: Callable[[], object], repeats: int) -> float:
-    """Mean time of an action on the device, after three that do not count."""
-    for _ in range(3):
-        action()
-    synchronize(bench.device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        action()
-    synchronize(bench.device)
-    return (time.perf_counter() - started) / repeats
 
 
 def attempts(bench: Bench, shape: ModelConfig, num_slots: int, max_tokens: int,
@@ -188,12 +177,17 @@ def attempts(bench: Bench, shape: ModelConfig, num_slots: int, max_tokens: int,
     for arrangement in ({}, {"use_kernels": False}, {"use_kernels": False, "use_graphs": False}):
         try:
             engine = PagedEngine(model, set(), num_slots, max_tokens, **arrangement)
-            return {**measure(engine), "errors": errors}
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            return {**measure(engine), **arrangement_of(engine), "errors": errors}
+        except Exception as error:  # whatever it is: Triton's errors, for one, are of no kind of Python's own
             errors.append(f"{type(error).__name__}: {error}"[:300])
             engine = None
             gc.collect()
     raise RuntimeError("; ".join(errors))
+
+
+def arrangement_of(engine: PagedEngine) -> Numbers:
+    """What of the engine was in use."""
+    return {"kernels": engine.decoder.use_kernels, "graphs": engine.decoder.use_graphs}
 
 
 def decode_7b(bench: Bench) -> Numbers:
@@ -232,7 +226,7 @@ def decoding(bench: Bench, shape: ModelConfig, batch: int, prompt: int, count: i
         weights, keys = layer_bytes(shape, bench.dtype), batch * context * key_bytes(shape, bench.dtype)
         numbers = {"step_seconds": step, "batch": batch, "context": context, "weight_bytes": weights, "key_bytes": keys,
                    "tokens_per_second": batch / step, "flops": batch * 2 * weights / bench.dtype.itemsize,
-                   "kernels": engine.decoder.use_kernels, "graphs": engine.decoder.use_graphs}
+                   **arrangement_of(engine)}
         report(numbers)
         return {**numbers, "profile": profile(bench, engine, sequences)}
 
@@ -247,16 +241,6 @@ def profile(bench: Bench, engine: PagedEngine, sequences: list[Sequence]) -> lis
     return gpu_training.top_kernels(bench.device, lambda: asyncio.run(more()))
 
 
-def key_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-
-
-def some_ids(rng: random.Random, shape: ModelConfig, length: int) -> list[int]:
-    """Random tokens."""
-    return [rng.randrange(shape.vocab_size) for _ in range(length)]
-
-
 def rollout_case(bench: Bench) -> gpu_peer.Case:
     """256 trajectories in groups of eight, four rounds, mixed lengths."""
     return gpu_peer.make_case(bench.shape(QWEN_1_5B).vocab_size, groups=bench.size(32, 2), samples=bench.size(8, 2),
@@ -264,17 +248,21 @@ def rollout_case(bench: Bench) -> gpu_peer.Case:
 
 
 def rollouts(bench: Bench) -> Numbers:
-    """Tool rollouts with a tool that answers at once, then with a slow one; a first run does not count."""
+    """Tool rollouts with a tool that answers at once, then with a slow one; a first run of either does not count."""
     case, tool_seconds = rollout_case(bench), bench.size(200, 20) / 1000
-    model, seconds, counts = build_model(bench.shape(QWEN_1_5B), bench.dtype, bench.device), {}, {}
-    engine = PagedEngine(model, set(), len(case.lengths_RN[0]) + len(case.prompts), case.longest)
-    for name, tool in (("warm", 0.0), ("instant", 0.0), ("slow", tool_seconds)):
-        before = dataclasses.asdict(engine.counts)
-        seconds[name] = timed(bench, lambda: asyncio.run(roll(engine, case, tool)))
-        counts[name] = {field: value - before[field] for field, value in dataclasses.asdict(engine.counts).items()}
-    return {"tokens": case.num_tokens, "seconds": seconds["instant"], "slow_seconds": seconds["slow"],
-            "tool_seconds": len(case.lengths_RN) * tool_seconds, "trajectories": len(case.lengths_RN[0]),
-            "counts": counts}
+
+    def measure(engine: PagedEngine) -> Numbers:
+        seconds, counts = {}, {}
+        for name, tool in (("warm", 0.0), ("warm, slow", tool_seconds), ("instant", 0.0), ("slow", tool_seconds)):
+            before = dataclasses.asdict(engine.counts)
+            seconds[name] = timed(bench, lambda: asyncio.run(roll(engine, case, tool)))
+            counts[name] = {field: value - before[field] for field, value in dataclasses.asdict(engine.counts).items()}
+        return {"tokens": case.num_tokens, "seconds": seconds["instant"], "slow_seconds": seconds["slow"],
+                "tool_seconds": len(case.lengths_RN) * tool_seconds, "trajectories": len(case.lengths_RN[0]),
+                "counts": counts}
+
+    num_slots = len(case.lengths_RN[0]) + len(case.prompts)
+    return attempts(bench, bench.shape(QWEN_1_5B), num_slots, case.longest, measure)
 
 
 def generate(bench: Bench) -> Numbers:
@@ -319,29 +307,31 @@ async def roll(engine: Engine, case: gpu_peer.Case, tool_seconds: float) -> None
 
 def rewind(bench: Bench) -> Numbers:
     """Host time of fork and truncate, what they copy, what a self-correction computes, and the sampler–trainer gap."""
-    shape, rng = bench.shape(QWEN_1_5B), random.Random(0)
-    model, length = build_model(shape, bench.dtype, bench.device), bench.size(1500, 100)
-    engine = PagedEngine(model, set(), 40, 2 * length)
-    sequence, suffix = engine.new(some_ids(rng, shape, length), b"a"), length // 10
+    shape, length = bench.shape(QWEN_1_5B), bench.size(1500, 100)
 
-    async def corrected() -> tuple[int, int]:
-        await engine.sample(sequence, Sampling(), 2 * suffix)
-        kept, before = len(sequence.ids) - suffix, engine.counts.fed
-        engine.truncate(sequence, kept, b"b")
-        await engine.sample(sequence, Sampling(), suffix)
-        return engine.counts.fed - before, kept
+    def measure(engine: PagedEngine) -> Numbers:
+        sequence, suffix = engine.new(some_ids(random.Random(0), shape, length), b"a"), length // 10
 
-    computed, kept = asyncio.run(corrected())
-    forks, before = [], engine.counts.copied
-    fork = host_seconds(64, lambda i: forks.append(engine.fork(sequence, noise_key(i))))
-    truncate = host_seconds(64, lambda i: engine.truncate(forks[i], length, noise_key(i, "cut")))
-    asyncio.run(sample_all(engine, forks[:16], 2))
-    copied = (engine.counts.copied - before) / 16
-    page = engine.page_tokens * key_bytes(shape, bench.dtype)
-    numbers = {"fork_seconds": fork, "truncate_seconds": truncate, "copied_tokens": copied, "copied_bytes": page,
-               "tokens_computed": computed, "tokens_kept": kept}
-    report(numbers)
-    return {**numbers, "gap": gaps(bench, model)}
+        async def corrected() -> tuple[int, int]:
+            await engine.sample(sequence, Sampling(), 2 * suffix)
+            kept, before = len(sequence.ids) - suffix, engine.counts.fed
+            engine.truncate(sequence, kept, b"b")
+            await engine.sample(sequence, Sampling(), suffix)
+            return engine.counts.fed - before, kept
+
+        computed, kept = asyncio.run(corrected())
+        forks, before = [], engine.counts.copied
+        fork = host_seconds(64, lambda i: forks.append(engine.fork(sequence, noise_key(i))))
+        truncate = host_seconds(64, lambda i: engine.truncate(forks[i], length, noise_key(i, "cut")))
+        asyncio.run(sample_all(engine, forks[:16], 2))
+        copied = (engine.counts.copied - before) / 16
+        page = engine.page_tokens * key_bytes(shape, bench.dtype)
+        numbers = {"fork_seconds": fork, "truncate_seconds": truncate, "copied_tokens": copied, "copied_bytes": page,
+                   "tokens_computed": computed, "tokens_kept": kept}
+        report(numbers)
+        return {**numbers, "gap": gaps(bench, engine.model)}
+
+    return attempts(bench, shape, 40, 2 * length, measure)
 
 
 def host_seconds(count: int, action: Callable[[int], object]) -> float:
@@ -357,22 +347,30 @@ async def sample_all(engine: Engine, sequences: list[Sequence], count: int) -> N
     await asyncio.gather(*(engine.sample(sequence, Sampling(), count) for sequence in sequences))
 
 
-def gaps(bench: Bench, model: Decoder) -> dict[str, list[float]]:
-    """Mean and greatest |Δ log-prob| between sampler and trainer on sampled tokens, by how the sampler is arranged."""
-    rng, found = random.Random(1), {}
+def gaps(bench: Bench, model: Decoder) -> dict[str, list[float] | str]:
+    """`gap` by how the sampler is arranged, or why there is none."""
+    found: dict[str, list[float] | str] = {}
     for name, arrangement in (("as used", {}), ("without kernels", {"use_kernels": False})):
-        engine = PagedEngine(model, set(), 32, bench.size(512, 64), **arrangement)
-        prompts = [some_ids(rng, model.config, bench.size(100, 10)) for _ in range(bench.size(32, 4))]
-        sequences = [engine.new(ids, noise_key(i)) for i, ids in enumerate(prompts)]
-        asyncio.run(sample_all(engine, sequences, bench.size(200, 20)))
-        samples = [Sample(sequence.ids, [p is not None for p in sequence.logprobs],
-                          [p for p in sequence.logprobs if p is not None]) for sequence in sequences]
-        with torch.no_grad():
-            scored, _ = score(model, make_pack(samples, bench.device))
-        sampled = torch.tensor([p for sample in samples for p in sample.sampler_logprobs], device=bench.device)
-        gap = (scored - sampled).abs()
-        found[name] = [gap.mean().item(), gap.max().item()]
+        try:
+            found[name] = gap(bench, PagedEngine(model, set(), 32, bench.size(512, 64), **arrangement))
+        except Exception as error:  # as in `attempts`
+            found[name] = f"{type(error).__name__}: {error}"[:300]
     return found
+
+
+def gap(bench: Bench, engine: PagedEngine) -> list[float]:
+    """Mean and greatest |Δ log-prob| between sampler and trainer on the tokens that an engine samples."""
+    rng = random.Random(1)
+    prompts = [some_ids(rng, engine.model.config, bench.size(100, 10)) for _ in range(bench.size(32, 4))]
+    sequences = [engine.new(ids, noise_key(i)) for i, ids in enumerate(prompts)]
+    asyncio.run(sample_all(engine, sequences, bench.size(200, 20)))
+    samples = [Sample(sequence.ids, [p is not None for p in sequence.logprobs],
+                      [p for p in sequence.logprobs if p is not None]) for sequence in sequences]
+    with torch.no_grad():
+        scored, _ = score(engine.model, make_pack(samples, bench.device))
+    sampled = torch.tensor([p for sample in samples for p in sample.sampler_logprobs], device=bench.device)
+    difference = (scored - sampled).abs()
+    return [difference.mean().item(), difference.max().item()]
 
 
 def training(bench: Bench) -> Numbers:

@@ -75,13 +75,16 @@ def decode_text(name: str) -> Callable[[Found], str]:
     def text(found: Found) -> str:
         row = found[name]
         share = (row["weight_bytes"] + row["key_bytes"]) / row["step_seconds"] / found["ceilings"]["bytes_per_second"]
-        arranged = f"kernels {'on' if row['kernels'] else 'off'}, graphs {'on' if row['graphs'] else 'off'}"
-        troubles = "".join(f"; {error}" for error in row.get("errors", []))
         return (f"**{share:.1%}** of the bandwidth: {1e3 * row['step_seconds']:.2f} ms a step, "
                 f"{row['tokens_per_second']:,.0f} tokens/s, {row['weight_bytes'] / 1e9:.2f} GB of weights and "
-                f"{row['key_bytes'] / 1e9:.2f} GB of keys "
-                f"({arranged}{troubles})")
+                f"{row['key_bytes'] / 1e9:.2f} GB of keys ({arranged(row)})")
     return text
+
+
+def arranged(row: dict) -> str:
+    """How the sampler ran, and what failed before it did."""
+    switched = ", ".join(f"{part} {'on' if row[part] else 'off'}" for part in ("kernels", "graphs"))
+    return "; ".join([switched, *row.get("errors", [])])
 
 
 def rate(row: dict) -> float:
@@ -93,7 +96,8 @@ def faster_text(peer: str) -> Callable[[Found], str]:
     """Our sampled tokens a second over the peer's."""
     def text(found: Found) -> str:
         ours, theirs = rate(found["rollouts"]), rate(found[peer])
-        return f"**{ours / theirs:.2f}×**: {ours:,.0f} against {theirs:,.0f} sampled tokens/s"
+        return (f"**{ours / theirs:.2f}×**: {ours:,.0f} against {theirs:,.0f} sampled tokens/s "
+                f"({arranged(found['rollouts'])})")
     return text
 
 
@@ -138,8 +142,10 @@ def rewind_text(found: Found) -> str:
 
 def gap_text(found: Found) -> str:
     """Mean and greatest difference for each arrangement."""
-    gaps = found["rewind"]["gap"].items()
-    return "; ".join(f"{name}: mean **{mean:.4f}**, at most {most:.2f}" for name, (mean, most) in gaps)
+    def text(gap: list[float] | str) -> str:
+        return f"failed: {gap}" if isinstance(gap, str) else f"mean **{gap[0]:.4f}**, at most {gap[1]:.2f}"
+
+    return "; ".join(f"{name}: {text(gap)}" for name, gap in found["rewind"]["gap"].items())
 
 
 def ceilings_text(found: Found) -> str:

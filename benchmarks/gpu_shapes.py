@@ -1,7 +1,10 @@
 """Models with random weights in the shapes that gpu.py measures, and what it asks of a device."""
 
 import json
+import random
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,6 +45,28 @@ def layer_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
         model = Decoder(shape)
     embedding = 0 if shape.tied_head else shape.vocab_size * shape.hidden_size
     return (sum(parameter.numel() for parameter in model.parameters()) - embedding) * dtype.itemsize
+
+
+def seconds_of(device: torch.device, action: Callable[[], object], repeats: int) -> float:
+    """Mean time of an action on the device, after three that do not count."""
+    for _ in range(3):
+        action()
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    synchronize(device)
+    return (time.perf_counter() - started) / repeats
+
+
+def key_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+
+
+def some_ids(rng: random.Random, shape: ModelConfig, length: int) -> list[int]:
+    """Random tokens."""
+    return [rng.randrange(shape.vocab_size) for _ in range(length)]
 
 
 def synchronize(device: torch.device) -> None:

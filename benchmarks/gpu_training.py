@@ -6,11 +6,13 @@ does not count. A step is forward, loss and backward of one pack, as train_rl.py
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -132,13 +134,20 @@ def top_kernels(device: torch.device, action: Callable[[], object]) -> list[str]
         with torch.profiler.profile(activities=activities) as profiler:
             action()
             synchronize(device)
-        field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        times = {event.key: getattr(event, field) for event in profiler.key_averages()}
+        times = kernel_times(profiler.key_averages(), on_gpu)
     except (RuntimeError, AttributeError):
         return []
     total = sum(times.values()) or 1.0
     order = sorted(times, key=lambda name: -times[name])[:TOP_KERNELS]
     return [f"{name[:60]} {times[name] / total:.0%}" for name in order]
+
+
+def kernel_times(events: Iterable[FunctionEventAvg], on_gpu: bool) -> dict[str, float]:
+    """Microseconds by name; on a GPU of kernels alone, whose time the operators that launched them count once more."""
+    if not on_gpu:
+        return {event.key: event.self_cpu_time_total for event in events}
+    return {event.key: event.self_device_time_total for event in events
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation}
 
 
 if __name__ == "__main__":

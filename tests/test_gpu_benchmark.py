@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +20,7 @@ import gpu_training  # noqa: E402
 from gpu_shapes import QWEN_1_5B, QWEN_7B, TINY, build_model, layer_bytes  # noqa: E402
 
 from thor.batch import make_pack, score  # noqa: E402
+from thor.paged_engine import PagedEngine  # noqa: E402
 
 GPU_ONLY = ("generate_batch", "compiled")
 
@@ -81,6 +84,32 @@ def test_an_errors_last_line_is_what_is_shown():
     assert gpu.last_line(text) == "torch.OutOfMemoryError: CUDA out of memory."
     assert gpu.last_line("error: there is no GPU\n") == "there is no GPU"
     assert gpu.last_line("") == "no message"
+
+
+class CompilerError(Exception):
+    """Of no kind of Python's own, like Triton's."""
+
+
+def test_an_engine_that_fails_in_any_way_gives_way_to_a_plainer_one():
+    calls = iter([CompilerError("int32 and int64"), KeyError("graph")])
+
+    def failing_twice(engine: PagedEngine) -> dict[str, object]:
+        for error in calls:
+            raise error
+        return {"step_seconds": 1.0}
+
+    found = gpu.attempts(gpu.Bench(True), TINY, 2, 64, failing_twice)
+    assert found["errors"] == ["CompilerError: int32 and int64", "KeyError: 'graph'"]
+    assert gpu_report.arranged(found) == "kernels off, graphs off; CompilerError: int32 and int64; KeyError: 'graph'"
+
+
+def test_a_kernels_time_counts_once_and_not_again_for_the_operator_that_launched_it():
+    launched = SimpleNamespace(key="mm", device_type=DeviceType.CPU, self_device_time_total=5, self_cpu_time_total=7)
+    kernel = SimpleNamespace(key="gemm", device_type=DeviceType.CUDA, self_device_time_total=5,
+                             is_user_annotation=False)
+    note = SimpleNamespace(key="step", device_type=DeviceType.CUDA, self_device_time_total=9, is_user_annotation=True)
+    assert gpu_training.kernel_times([launched, kernel, note], True) == {"gemm": 5}
+    assert gpu_training.kernel_times([launched], False) == {"mm": 7}
 
 
 def test_the_shapes_have_the_sizes_of_their_names():

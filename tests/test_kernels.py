@@ -4,6 +4,9 @@
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +79,34 @@ def test_the_fused_forward_equals_the_model_and_stores_the_same_keys(shape, qk_n
         ours, theirs = (getattr(cache, store) for cache in reversed(caches))
         torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], atol=tolerance, rtol=tolerance)
         assert not torch.equal(ours[:, 1:], past[("keys", "values").index(store)][:, 1:])
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thor import kernels
+
+HALVES = "q k v keys values cos sin x delta weight sum out gate up".split()
+TYPES = {**dict.fromkeys(HALVES, "*bf16"), **dict.fromkeys(["mixed", "best", "total"], "*fp32"), "table": "*i32",
+         "positions": "*i32", "table_stride": "i32", "size": "i32", "scale": "fp32", "eps": "fp32"}
+SIZES = {"KV_HEADS": 2, "HEADS": 12, "GROUP": 6, "PAGE": 64, "DIM": 128, "BLOCK_G": 16, "BLOCK_D": 128, "SPLITS": 4,
+         "PRECISION": "tf32", "SIZE": 1536, "HAS_DELTA": True, "BLOCK": 2048}
+for name in ("_attend_part", "_join_parts", "_add_norm", "_rotate_and_store", "_swiglu"):
+    kernel = getattr(kernels, name)
+    types = {argument: "constexpr" if argument in SIZES else TYPES[argument.removesuffix("_ptr")]
+             for argument in kernel.arg_names}
+    sizes = {argument: SIZES[argument] for argument in kernel.arg_names if argument in SIZES}
+    compiled = triton.compile(ASTSource(kernel, types, sizes), target=GPUTarget("cuda", 90, 32))
+    print(name, len(compiled.asm["cubin"]))
+"""
+
+
+def test_every_kernel_compiles_for_a_gpu_that_need_not_be_there(tmp_path):
+    """The interpreter takes what the compiler does not: two types of one name in two branches, for one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parent.parent, capture_output=True,
+                          text=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "_attend_part", "_join_parts", "_add_norm", "_rotate_and_store", "_swiglu"]

@@ -138,8 +138,8 @@ def _rotate_and_store(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_pt
     cos = tl.load(cos_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
     if head < HEADS:
-        place = (row * HEADS + head) * DIM
-        tl.store(out_ptr + place + d, _rotated(q_ptr + place, cos, sin, d, DIM), mask=d < DIM)
+        query = (row * HEADS + head) * DIM  # its own name: Triton wants one type for what both branches set
+        tl.store(out_ptr + query + d, _rotated(q_ptr + query, cos, sin, d, DIM), mask=d < DIM)
     else:
         kv_head = (head - HEADS) % KV_HEADS
         position = tl.load(positions_ptr + row)
