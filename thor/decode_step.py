@@ -3,8 +3,8 @@
 The host says for each row where it stands and what its uniform number is, both known before the token is, and which
 row of the step before its input token comes from; so the host can launch a step whose input it has not read. A graph
 is made for a few numbers of rows, at first use; a step with fewer rows is padded. Invariants: `launch` never waits
-for the device; tokens are read by `Launched.results`, which waits for that step only; without graphs the same code
-runs as it is.
+for the device but for rows with top-k or top-p; tokens are read by `Launched.results`, which waits for that step only;
+without graphs the same code runs as it is.
 
 R rows · N pages of a row · V vocabulary
 """
