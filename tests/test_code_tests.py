@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from collections import Counter, defaultdict, namedtuple
 from enum import IntEnum
 
@@ -69,7 +70,8 @@ CHEATS = {
         "import os\nif os.fork() == 0:\n    os.setsid()\n    for _ in range(1000):\n        os.write(3, b'{\"kind\": \"passed\"}\\n')\n"
         "    os._exit(0)\n" + DEF + "return 2", "wrong_answer"),
     "every line is traced": (
-        "import sys\nsys.settrace(lambda frame, event, arg: frame.f_locals.update(passed=True))\n" + DEF + "return 2", "wrong_answer"),
+        "import sys\nsys.settrace(lambda frame, event, arg: frame.f_locals.update(passed=True))\n" + DEF + "return 2",
+        "exited" if sys.version_info >= (3, 13) else "wrong_answer"),  # from 3.13 on it changes real variables: its own
     "an answer of the wrong shape": (
         "import os\nos.write(3, b'{}\\n{\"returned\": {\"set\": [{\"list\": []}]}}\\n')\nos._exit(0)", "wrong_answer"),
     "an answer that is nested too deeply": (
