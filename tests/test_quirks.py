@@ -123,6 +123,16 @@ def test_a_whole_round_runs_with_every_quirk_and_the_check_finds_it(quirk, world
     assert agrees == (FOUND[quirk] is None) and (FOUND[quirk] or "agree") in printed, printed
 
 
+def test_pack_means_are_averaged_over_the_packs(world, tmp_path):
+    """The dump's parts are sums of each pack's own means; the loss is theirs over the number of packs, here several."""
+    train_rl.main(config.parse(train_rl.TrainOptions, "", [*world, "--out", str(tmp_path / "rl"), "--quirk", "pack_means"]))
+    for line in (tmp_path / "rl" / "dump" / "round_000001" / "updates.jsonl").read_text().splitlines():
+        update = json.loads(line)
+        sums = sum(update[f"{level}_grpo"] + 0.01 * update[f"{level}_nll"] for level in ("trajectory", "step"))
+        packs = sums / update["loss"]
+        assert round(packs) > 1 and packs == pytest.approx(round(packs), rel=1e-4)
+
+
 def test_a_round_without_failures_branches_a_step_that_passed(world, tmp_path):
     """Two samples of one problem, with seeds until neither fails; whether there was anything to learn does not matter."""
     for seed in range(12):

@@ -21,6 +21,7 @@ import train_rl
 from thor import config
 from thor.batch import Sample
 from thor.data import read_lines
+from thor.parallel import open_ranks
 from thor.rl_metrics import catches_everything, only_prints_constants
 from thor.template import load_template
 from thor.trajectory import from_json
@@ -292,6 +293,15 @@ def test_a_round_in_bfloat16_keeps_float32_weights_and_continues_from_its_checkp
     weights = load_file(tmp_path / "whole" / "latest" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "masters are not rounded"
+
+
+def test_in_bfloat16_the_sampler_has_bfloat16_weights_and_the_trainer_float32_shares(tiny_directory, problems, tmp_path):
+    options = config.parse(TrainOptions, "", arguments(tiny_directory, problems, tmp_path / "rl", "--dtype", "bfloat16"))
+    with open_ranks("cpu", mixed=True) as ranks:
+        run = train_rl.begin(options, ranks)
+        sampler = train_rl.build_engine(run).model
+        assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in sampler.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("more, message", [
