@@ -32,8 +32,8 @@ from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hiera
 from thor.metrics import MetricsLog
 from thor.model import Decoder, compile_layers
 from thor.optimizer import Skips, check_arithmetic, make_optimizer, take_step
-from thor.parallel import Ranks, full_copy, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.paged_engine import make_engine
+from thor.parallel import Ranks, full_copy, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.reward import grade, trajectory_reward
 from thor.rl_evaluation import Evaluation, evaluate
@@ -209,9 +209,10 @@ def main(options: TrainOptions) -> None:
             if ranks.is_first:
                 print(f"{out} has all {options.rounds} rounds: nothing left to do")
             return check_trained(run, out)
-        engine = build_engine(run)
+        sampler = build_engine(run)  # together: on a mesh its weights are gathered
         if ranks.is_first:
-            warn_if_inexact(engine)
+            warn_if_inexact(sampler)
+        del sampler  # each round builds its own
         with StopRequest() as stop:
             stopped = asyncio.run(train(run, out, stop))
         if stopped:
