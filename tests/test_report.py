@@ -251,13 +251,16 @@ def browse(page: str, directory: Path, fragment: str, dark: bool) -> dict:
     scripts = f'<script id="plan" type="application/json">{plan}</script><script>{probe}</script>'
     page = page.replace("</head>", f"{scripts}</head>", 1)
     (directory / "page.html").write_text(page, encoding="utf-8")
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,800",
-         f"--user-data-dir={directory / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=60000",
-         "--dump-dom", "--disable-ipc-flooding-protection",  # which would slow down so many changes of the hash
-         *(["--force-dark-mode"] if dark else []), f"file://{directory / 'page.html'}#{fragment}"],
-        capture_output=True, text=True, timeout=240)
-    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    for attempt in range(3):  # its virtual time may run out before a busy machine has unpacked the page
+        done = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,800",
+             f"--user-data-dir={directory / f'profile{attempt}'}", "--enable-logging=stderr",
+             "--virtual-time-budget=60000", "--dump-dom",
+             "--disable-ipc-flooding-protection",  # which would slow down so many changes of the hash
+             *(["--force-dark-mode"] if dark else []), f"file://{directory / 'page.html'}#{fragment}"],
+            capture_output=True, text=True, timeout=240)
+        if found := re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL):
+            break
     assert found, done.stderr[-2000:]
     seen = json.loads(html.unescape(found.group(1)))
     seen["console"] = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
