@@ -1,8 +1,8 @@
 """What the authors' released code does otherwise than the paper, each thing behind a name, for who wants to see its effect.
 
 `train_rl.py --quirk NAME[,NAME…]` switches them on; docs/departures.md says what each is and docs/results.md what some
-do to a run. Nothing here is on by default, and nothing here is right: `python -m thor.audit` finds every one of them,
-`mixed_normaliser` excepted, which is the option `--joint`.
+do to a run. Nothing here is on by default, and nothing here is right: `python -m thor.audit` finds each where it changes
+a number, `mixed_normaliser` excepted, which is the option `--joint`.
 """
 
 import random
