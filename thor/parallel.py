@@ -136,9 +136,9 @@ def open_ranks(device: str, replicas: int = 1, *, mixed: bool = False,
     """The ranks that torchrun started, or a world of one, which has a mesh only if it is `mixed`.
 
     Mixed precision is FSDP2's: float32 shares, of which a layer at a time is gathered in bfloat16, so that one process
-    computes and sums as many do; it needs a mesh, be it of one. `replicas` groups of ranks each hold all weights between them, gradients are summed over both (HSDP): one group a
-    machine keeps the traffic of weights inside it. ValueError if the ranks cannot be divided so. Of several ranks that
-    raise, the first one's error is seen.
+    computes and sums as many do; it needs a mesh, be it of one. `replicas` groups of ranks each hold all weights
+    between them, gradients are summed over both (HSDP): one group a machine keeps the traffic of weights inside it.
+    ValueError if the ranks cannot be divided so. Of several ranks that raise, the first one's error is seen.
     """
     size, kind = int(os.environ.get("WORLD_SIZE", "1")), torch.device(device).type
     if replicas < 1 or size % replicas:
