@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from thor.attention import packed
-from thor.model import Decoder, compile_layers
+from thor.model import Decoder, ModelConfig, compile_layers
 from thor.weights import load_model
 
 
@@ -61,6 +61,27 @@ def test_logits_are_float32_or_better_whatever_the_weights_are(random_directorie
     assert other.dtype == torch.promote_types(dtype, torch.float32)
     error = (other.log_softmax(-1) - exact.log_softmax(-1)).abs().mean()
     assert error < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda,
+                                   pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_low_precision_weights_are_not_rounded_and_have_the_gradients_of_a_linear_layer(device, tied):
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(300, 64, 32, 1, 2, 1, 32, 1e-6, 1e4, 64, tied_head=tied)).bfloat16().to(device)
+    hidden = (4 * torch.randn(7, 64)).bfloat16().to(device).requires_grad_()
+    pull = torch.randn(7, 300, device=device)
+    logits, head = model.logits(hidden), model.head_weight
+    found = torch.autograd.grad((logits * pull).sum(), (hidden, head))
+    rounded = torch.nn.functional.linear(hidden, head)
+    torch.testing.assert_close(logits, hidden.float() @ head.float().T, rtol=1e-5, atol=1e-5)
+    assert (logits - rounded.float()).abs().max() > 1e-3, "a bfloat16 product is further off"
+    for ours, theirs in zip(found, torch.autograd.grad((rounded.float() * pull).sum(), (hidden, head)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs)
 
 
 def gradients_of(model: Decoder, ids: list[int]) -> list[torch.Tensor]:

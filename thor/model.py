@@ -145,13 +145,36 @@ class Decoder(nn.Module):
         return self.model["norm"](x)
 
     def logits(self, hidden_TE: Tensor) -> Tensor:
-        """Next-token logits [T, V] in float32 (float64 stays): the one place where logits get their precision."""
-        return at_least_float32(F.linear(hidden_TE, self.head_weight))
+        """Next-token logits [T, V] in float32 (float64 stays): the one place where logits get their precision.
+
+        bfloat16 has eight bits: a logit between 16 and 32 rounded to it is off by up to 1/16, a log-prob as much.
+        """
+        if hidden_TE.dtype in (torch.bfloat16, torch.float16):
+            return WideProduct.apply(hidden_TE, self.head_weight)
+        return F.linear(hidden_TE, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
         """[V, E]: the output head, which is the embedding when the checkpoint ties them."""
         return self.model["embed_tokens"].weight if self.config.tied_head else self.lm_head.weight
+
+
+class WideProduct(torch.autograd.Function):
+    """x @ weight.T of 16-bit factors as float32, never rounded in between; x [T, E], weight [V, E], both get 16-bit
+    gradients as from F.linear."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.device.type == "cpu":
+            return F.linear(x.float(), weight.float())
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.t() @ x
 
 
 def compile_layers(model: Decoder) -> None:

@@ -22,7 +22,7 @@ from thor.weights import read_config
 
 GIB = 2**30
 FLOAT32 = 4
-LOGITS_BYTES = 22  # of a sampled token and word: logits (bf16, float32), log-prob, probability, float64 sum
+LOGITS_BYTES = 20  # of a sampled token and word: logits, log-prob and probability in float32, float64 sum
 
 
 def _shape(vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, tied: bool,
