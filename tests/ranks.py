@@ -1,5 +1,6 @@
 """Several ranks on this machine: forked from the test's own process, which has imported all, and joined by gloo."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def fork(work: Callable[..., object], *given: object) -> multiprocessing.Process:
+    """A forked process that does `work(*given)`.
+
+    Its garbage collector leaves alone what earlier tests left behind: some of that crashes when it is destroyed in a
+    process that has its memory and not its threads.
+    """
+    process = multiprocessing.get_context("fork").Process(target=work, args=given)
+    gc.freeze()
+    process.start()
+    gc.unfreeze()
+    return process
+
+
 def on_ranks(size: int, work: Work, *given: object, replicas: int = 1, patience: timedelta = PATIENCE) -> list[object]:
     """What `work(ranks, *given)` returns on each of `size` ranks; AssertionError for what a rank raised, or a hang."""
     def start(ranks_work: Work, result: Connection) -> object:
@@ -39,11 +53,10 @@ def on_ranks(size: int, work: Work, *given: object, replicas: int = 1, patience:
 
 def start_ranks(size: int, work: Callable[[Connection], object]) -> list[tuple]:
     """(process, connection) of `size` forked processes that believe torchrun started them."""
-    context, port, started = multiprocessing.get_context("fork"), free_port(), []
+    port, started = free_port(), []
     for rank in range(size):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_as_rank, args=(rank, size, port, work, theirs))
-        process.start()
+        mine, theirs = multiprocessing.Pipe()
+        process = fork(_as_rank, rank, size, port, work, theirs)
         theirs.close()
         started.append((process, mine))
     return started

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent, whatever kills the process that writes them."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import fork
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thor.checkpoint import ASIDE, StopRequest, latest_checkpoint, load_state, open_run, step_of, write_aside
@@ -63,8 +63,7 @@ def save_some(directory: Path, count: int, model, tiny_directory: Path) -> None:
 
 def test_whoever_looks_while_a_checkpoint_is_written_sees_all_of_it_or_nothing(tmp_path, model, tiny_directory):
     whole = {path.name: path.stat().st_size for path in save(tmp_path / "first", 0, model, tiny_directory).iterdir()}
-    writer = multiprocessing.get_context("fork").Process(target=save_some, args=(tmp_path, 15, model, tiny_directory))
-    writer.start()
+    writer = fork(save_some, tmp_path, 15, model, tiny_directory)
     while writer.is_alive():
         for path in tmp_path.glob("step_?"):
             assert {file.name for file in path.iterdir()} == whole.keys()
@@ -81,11 +80,10 @@ def save_for_ever(directory: Path, first: int, model, tiny_directory: Path) -> N
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, model, tiny_directory):
     """Writers are killed at random moments; what bears a checkpoint's name can be loaded and is what it says, always."""
-    step, rng, fork = 0, random.Random(0), multiprocessing.get_context("fork")
+    step, rng = 0, random.Random(0)
     open_run(tmp_path, {}, ())
     for number in range(15):
-        writer = fork.Process(target=save_for_ever, args=(tmp_path, step + 1, model, tiny_directory))
-        writer.start()
+        writer = fork(save_for_ever, tmp_path, step + 1, model, tiny_directory)
         time.sleep(rng.uniform(0.01, 0.04 * (number + 1)))
         writer.kill()
         writer.join()
