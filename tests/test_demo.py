@@ -31,9 +31,11 @@ def test_an_unknown_option_is_one_sentence_and_exit_code_2():
 @pytest.mark.parametrize("last, code", [("true", 0), ("exit 2", 2)])
 def test_what_runs_beside_a_script_is_ended_with_it_and_its_exit_code_stays(script, name, last, code, tmp_path):
     trap = next(line for line in (ROOT / "runs" / script).read_text().splitlines() if line.endswith("EXIT"))
-    lines = ["set -euo pipefail", f"{name}=", trap, "set -m", "sleep 100 &", f"{name}=$!", "set +m", f"echo ${name}", last]
+    started = f"until [ $(cat /proc/${name}/comm) = sleep ]; do :; done"  # before, a signal would still be bash's own
+    lines = ["set -euo pipefail", f"{name}=", trap, "set -m", "sleep 300 &", f"{name}=$!", "set +m", f"echo ${name}",
+             started, last]
     (tmp_path / "script.sh").write_text("\n".join(lines) + "\n")
-    done = subprocess.run(["bash", tmp_path / "script.sh"], capture_output=True, text=True)
+    done = subprocess.run(["bash", tmp_path / "script.sh"], capture_output=True, text=True, timeout=200)
     assert done.returncode == code and not Path(f"/proc/{int(done.stdout)}").exists()
 
 
