@@ -1,7 +1,10 @@
 """Unbiased estimators against enumeration, intervals that resample problems, and a log that survives a kill."""
 
 import json
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +109,13 @@ def test_a_tables_cell_has_value_interval_and_what_it_is_a_share_of():
     rate = {"value": 0.5, "low": 0.25, "high": 0.7504}
     assert cell(rate) == "0.500 [0.250, 0.750]" and cell(rate | {"n": 8}) == "0.500 [0.250, 0.750], n = 8"
     assert cell({"value": None, "low": None, "high": None, "n": 0}) == "–"
+
+
+def test_the_command_explains_itself_and_names_a_directory_that_is_no_run(tmp_path):
+    def call(argument: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "thor.metrics", argument]
+        return subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+
+    asked, wrong = call("--help"), call(str(tmp_path))
+    assert asked.returncode == 0 and "python -m thor.metrics DIR" in asked.stdout
+    assert wrong.returncode == 2 and wrong.stderr.startswith(f"error: {tmp_path}/metrics.jsonl does not exist")

@@ -145,7 +145,7 @@ def read_round(directory: Path, kept: dict[int, list[Item]]) -> Round:
         records = {level: [from_json(line) for line in lines(name)] for level, name in LEVELS.items()}
         columns = load_file(directory / "tokens.safetensors")
         number, options = settings["round"], settings["options"]
-    except (json.JSONDecodeError, SafetensorError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, SafetensorError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} is not a whole dump: {error!r}") from None
     if missing := sorted({"token", "position", "sampled", "old", "new"} - columns.keys()):
         raise ValueError(f"{directory}: tokens.safetensors has no {', '.join(missing)}")
@@ -383,7 +383,10 @@ def report(dump: Round, findings: Findings) -> None:
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__)
+            sys.exit(0)
+        if len(sys.argv) != 2:
             raise ValueError("usage: python -m thor.audit DIR")
         sys.exit(0 if audit(Path(sys.argv[1])) else 1)
     except (ValueError, OSError) as error:

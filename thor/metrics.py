@@ -159,11 +159,14 @@ def plot(directories: list[Path], out: Path, only: Sequence[str] = ()) -> None:
 
 if __name__ == "__main__":
     try:
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__)
+            sys.exit(0)
         given = [Path(argument) for argument in sys.argv[1:]]
         if not given:
             raise ValueError("usage: python -m thor.metrics DIR [DIR …]")
         plot(given, given[0] / "metrics.png")
         print(f"wrote {given[0] / 'metrics.png'}")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
