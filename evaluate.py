@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from generate import GenerateOptions, generate, read_settings
+from generate import GenerateOptions, generate
 from thor import config
 from thor.answers import question
 from thor.benchmarks import read_benchmark
-from thor.checkpoint import write_aside
+from thor.checkpoint import read_settings, write_aside
 from thor.code_answers import as_questions, code_instruction
 from thor.code_benchmarks import NAMES, is_code_benchmark, read_code_benchmark
 from thor.code_scores import judge_responses, judge_solutions

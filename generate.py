@@ -5,9 +5,9 @@
     python generate.py --replay FILE
 
 The first prints one solution with thought, code, output and dropped attempts told apart, without --model by the small
-model that comes with the repository; the second appends one
-trajectory a line and skips what is there already, so a killed run continues where it was; the third samples such a file
-again, with the settings beside it, and says where it first differs.
+model that comes with the repository; the second appends one trajectory a line and skips what is there already, so a
+killed run continues where it was; the third samples such a file again, with the settings beside it, and says where it
+first differs.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from thor import config
-from thor.checkpoint import write_aside
+from thor.checkpoint import differences, read_settings, write_aside
 from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
 from thor.engine import Engine
@@ -226,6 +226,8 @@ def replay(options: GenerateOptions) -> None:
     known = {name: value for name, value in read_settings(path.with_name(path.name + ".settings.json")).items()
              if name in (field.name for field in dataclasses.fields(GenerateOptions))}
     known["model"] = options.model or known.get("model")  # a model may have moved
+    if known["model"] is None:
+        raise ValueError(f"the settings beside {path} name no model; give --model")
     again = asyncio.run(run_again(replace(options, **known), recorded))
     different = 0
     for trajectory, copy in zip(recorded, again, strict=True):
@@ -307,13 +309,11 @@ def begin_or_continue(options: GenerateOptions, problems: list[Problem], out: Pa
     settings = {name: value for name, value in dataclasses.asdict(options).items()
                 if name in (known.name for known in dataclasses.fields(GenerateOptions)) and name not in NOT_SETTINGS}
     beside = out.with_name(out.name + ".settings.json")
-    open_to_append(out).close()
+    before = read_settings(beside) if out.is_file() and out.stat().st_size else {}
+    open_to_append(out).close()  # after that: of a file that is not ours nothing is cut off
     if out.stat().st_size:
-        before = read_settings(beside)
-        differing = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
-                     if before.get(name) != value]
-        if differing:
-            raise ValueError(f"{out} was begun with other settings ({'; '.join(differing)}); use another file")
+        if differing := differences(before, settings, settings):
+            raise ValueError(f"{out} was begun with other settings ({differing}); use another file")
     else:
         write_aside(beside, json.dumps(settings, indent=2) + "\n")
     asked, finished = {problem.id: problem for problem in problems}, read_trajectories(out)
@@ -322,19 +322,6 @@ def begin_or_continue(options: GenerateOptions, problems: list[Problem], out: Pa
         if problem is None or (problem.question, problem.answer) != (trajectory.question, trajectory.answer):
             raise ValueError(f"{out} holds a solution of another problem {trajectory.id!r} than is asked for; use another file")
     return {(trajectory.id, trajectory.sample) for trajectory in finished}
-
-
-def read_settings(path: Path) -> dict[str, str | int | float | bool | None]:
-    """The settings that a file of trajectories was begun with."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, so it is not known how the trajectories beside it were made")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold a JSON object, the settings by name")
-    return settings
 
 
 def render(trajectory: Trajectory, template: Template, colour: bool) -> str:

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from ranks import fork
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thor.checkpoint import ASIDE, StopRequest, latest_checkpoint, load_state, open_run, step_of, write_aside
+from thor.checkpoint import ASIDE, StopRequest, latest_checkpoint, load_state, open_run, read_settings, step_of
+from thor.checkpoint import write_aside
 from thor.optimizer import make_optimizer
 from thor.parallel import Ranks, load_optimizer, save_checkpoint
 from thor.weights import load_model
@@ -142,6 +144,37 @@ def test_a_run_with_other_settings_is_refused_and_the_fields_are_named(tmp_path,
     assert open_run(tmp_path, {"lr": 0.2, "out": "b", "seed": 0}, ("out",)).name == "step_1"
     with pytest.raises(ValueError, match="lr was 0.2, is 0.3; new was None, is 1"):
         open_run(tmp_path, {"lr": 0.3, "out": "a", "seed": 0, "new": 1}, ("out",))
+
+
+def test_a_run_overwrites_no_model_and_no_file(tmp_path, tiny_directory):
+    model = Path(shutil.copytree(tiny_directory, tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(ValueError, match="model holds a model, whose config.json a run would overwrite"):
+        open_run(model, {"model": str(model)}, ())
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file, and a run needs a directory"):
+        open_run(tmp_path / "file", {}, ())
+
+
+def test_a_copy_of_a_run_that_has_lost_the_link_goes_on_from_the_newest_checkpoint(tmp_path, model, tiny_directory):
+    open_run(tmp_path, {}, ())
+    for step in (9, 10):
+        save(tmp_path, step, model, tiny_directory)
+    (tmp_path / "latest").unlink()
+    assert open_run(tmp_path, {}, ()).name == "step_10"
+    shutil.copytree(tmp_path / "step_10", tmp_path / "latest")
+    with pytest.raises(ValueError, match="latest should be a link to the newest step_N and is none"):
+        open_run(tmp_path, {}, ())
+
+
+@pytest.mark.parametrize("text, message", [(None, "is missing"), ("{", "is not JSON"), ("[]", "must hold a JSON object")])
+def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
+    path = tmp_path / "settings.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=f"settings.json {message}"):
+        read_settings(path)
 
 
 def test_a_small_file_holds_the_old_text_or_the_new(tmp_path):

@@ -19,7 +19,7 @@ import tiny
 from generate import DEMO_MODEL, MAX_LOST, GenerateOptions, Sink, demo_defaults, main, render
 from thor import config
 from thor.template import Template
-from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json
+from thor.trajectory import Attempt, Execution, Span, Trajectory, from_json, to_json
 
 ROOT = Path(__file__).parent.parent
 BASE = ["--style", "base", "--instruction", "", "--temperature", "1.0", "--max_response_tokens", "100", "--samples", "2",
@@ -108,6 +108,16 @@ def test_a_file_whose_settings_are_not_known_is_not_continued(uninterrupted, pro
     assert result.returncode == 2 and "copy.jsonl.settings.json is missing" in result.stderr
 
 
+def test_a_file_that_is_not_ours_keeps_its_last_line(problems, tiny_directory, tmp_path):
+    """Half a line at the end is cut off where a killed run left it, and nowhere else: here --out is the problems."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(problems.read_text().rstrip("\n"))
+    before = other.read_text()
+    result = call("--model", tiny_directory, "--problems", other, "--out", other, *BASE)
+    assert result.returncode == 2 and "other.jsonl.settings.json is missing" in result.stderr
+    assert other.read_text() == before and [path.name for path in tmp_path.iterdir()] == ["other.jsonl"]
+
+
 def test_what_the_sandbox_lost_is_dropped_and_counted_and_past_a_threshold_the_run_stops_with_a_clear_error():
     """It is never reward 0: a lost trajectory is neither written nor graded."""
     options, file = GenerateOptions(out="o.jsonl", model="m"), io.StringIO()
@@ -167,11 +177,14 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
     (["--model", "TINY", "--problems", "PROBLEMS", "--out", "/proc/no/such.jsonl"], "cannot be written"),
     (["--replay", "none.jsonl"], "does not exist"),
     (["--replay", "PROBLEMS", "--question", "x"], "leave --question and --problems out"),
+    (["--replay", "NO_MODEL"], "name no model; give --model"),
     (["--question", "x", "--recorded_tools"], "name it with --replay"),
     (["--nonsense", "1"], "nonsense"),
 ])
-def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, arguments, message, capsys):
-    places = {"TINY": str(tiny_directory), "PROBLEMS": str(problems)}
+def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, tmp_path, arguments, message, capsys):
+    (tmp_path / "t.jsonl").write_text(to_json(Trajectory("a", 0, "1+1", "2", [1])) + "\n")
+    (tmp_path / "t.jsonl.settings.json").write_text("{}")
+    places = {"TINY": str(tiny_directory), "PROBLEMS": str(problems), "NO_MODEL": str(tmp_path / "t.jsonl")}
     with pytest.raises(SystemExit) as ended:
         config.run(main, GenerateOptions, "", [places.get(argument, argument) for argument in arguments])
     printed = capsys.readouterr().err

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -28,24 +29,28 @@ ASIDE = ".aside"  # the ending of what is being written or removed
 COPIED = (".json", ".txt", ".jinja", ".model")
 
 State = dict[str, object]
+Settings = dict[str, object]  # by name, as JSON has them
 
 
-def open_run(directory: Path, settings: dict[str, object], free: tuple[str, ...]) -> Path | None:
+def open_run(directory: Path, settings: Settings, free: tuple[str, ...]) -> Path | None:
     """Begin a run in `directory` or continue it: the checkpoint to continue from, None at the beginning.
 
-    Raises ValueError that names the settings in which a run that has a checkpoint differs; those in `free` may differ.
+    Raises ValueError for a file, for a model's directory, whose config.json would be lost, and that names the settings
+    in which a run that has a checkpoint differs; those in `free` may differ.
     """
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file, and a run needs a directory; use another --out")
     directory.mkdir(parents=True, exist_ok=True)
     for left_over in directory.glob(f"*{ASIDE}"):
         remove(left_over)
     checkpoint = latest_checkpoint(directory)
     settings = json.loads(json.dumps(settings))
-    if checkpoint is not None:
-        before = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        differing = [f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in sorted(before | settings)
-                     if name not in free and before.get(name) != settings.get(name)]
-        if differing:
-            raise ValueError(f"{directory} holds a run with other settings ({'; '.join(differing)}); use another --out")
+    before = read_settings(directory / CONFIG) if checkpoint or (directory / CONFIG).exists() else {}
+    if "model_type" in before:
+        raise ValueError(f"{directory} holds a model, whose config.json a run would overwrite; use another --out")
+    differing = differences(before, settings, sorted((before | settings).keys() - free)) if checkpoint else ""
+    if differing:
+        raise ValueError(f"{directory} holds a run with other settings ({differing}); use another --out")
     write_aside(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
     return checkpoint
 
@@ -81,9 +86,14 @@ def complete_checkpoint(aside: Path, weights: dict[str, Tensor], model_directory
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint that `latest` points to, by its own name; None if the run has none."""
-    link = directory / LATEST
-    return directory / os.readlink(link) if link.is_symlink() else None
+    """The checkpoint that `latest` points to, by its own name, and the newest where a copy of the directory has lost the
+    link; None if the run has none."""
+    link, steps = directory / LATEST, _steps(directory)
+    if link.is_symlink():
+        return directory / os.readlink(link)
+    if link.exists():
+        raise ValueError(f"{link} should be a link to the newest step_N and is none, as in a copy that followed it; remove it")
+    return directory / f"step_{max(steps)}" if steps else None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -94,6 +104,25 @@ def step_of(checkpoint: Path) -> int:
 def load_state(checkpoint: Path) -> State:
     """What `complete_checkpoint` was given as `state`, on the CPU."""
     return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings that were written down in `path` as what lies beside it was begun. ValueError if they cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, so it is not known how what lies beside it was made")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, the settings by name")
+    return settings
+
+
+def differences(before: Settings, now: Settings, names: Iterable[str]) -> str:
+    """In which of the settings `names` two runs differ, in words; empty where in none."""
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names
+                     if before.get(name) != now.get(name))
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from thor.checkpoint import write_aside
+from thor.checkpoint import Settings, differences, read_settings, write_aside
 from thor.data import Problem, open_to_append, read_lines, read_records
 from thor.trajectory import Trajectory, from_json
 
@@ -21,7 +21,6 @@ TRIES, DIFFICULTY, SETTINGS = "tries.jsonl", "difficulty.jsonl", "settings.json"
 LOST = ("endpoint", "sandbox")  # reasons that are neither the Actor's nor the Critic's doing
 
 Key = tuple[str, int]
-Settings = dict[str, str | int | float | bool | None]
 
 
 @dataclass(frozen=True)
@@ -114,17 +113,8 @@ def cut_half_lines(directory: Path) -> None:
 
 def check_settings(directory: Path, settings: Settings) -> None:
     """Raise ValueError that names in what the tries of a directory were made otherwise."""
-    path = directory / SETTINGS
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, so it is not known how the tries beside it were made")
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    differing = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
-                 if before.get(name) != value]
-    if differing:
-        raise ValueError(f"{directory} was begun with other settings ({'; '.join(differing)}); use another directory")
+    if differing := differences(read_settings(directory / SETTINGS), settings, settings):
+        raise ValueError(f"{directory} was begun with other settings ({differing}); use another directory")
 
 
 def check_problems(directory: Path, tries: Iterable[Try], problems: list[Problem]) -> None:
