@@ -68,8 +68,7 @@ def main(options: EvaluateOptions) -> None:
     if options.out is None:
         raise ValueError("--out is missing: the JSON file that the numbers are written to")
     out = Path(options.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"{out} cannot be written: it is a directory, or the directory it should lie in does not exist")
+    check_out(out, "failed" if options.check_canonical else "metrics")
     if options.benchmark is not None and is_code_benchmark(options.benchmark):
         evaluate_code(options, out)
         return
@@ -90,6 +89,18 @@ def main(options: EvaluateOptions) -> None:
     print(table(metrics))
     print(f"{len(groups)} problems × {len(groups[0])} samples · temperature {settings['temperature']} · {out} · "
           f"{len(disagreements)} answers where string match and math-verify differ: {beside}")
+
+
+def check_out(out: Path, field: str) -> None:
+    """ValueError if `out` cannot be written, or holds what is no older result: a JSON object with `field`."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: it is a directory, or the directory it should lie in does not exist")
+    try:
+        replaceable = not out.is_file() or out.stat().st_size == 0 or field in read_settings(out)
+    except ValueError:  # no JSON object at all
+        replaceable = False
+    if not replaceable:
+        raise ValueError(f"{out} is there and holds something else than this writes; name another --out")
 
 
 def evaluate_code(options: EvaluateOptions, out: Path) -> None:
@@ -130,7 +141,7 @@ def check_canonical(options: EvaluateOptions, verdicts: dict[str, Verdict], out:
     """Write and print which of the benchmark's own solutions fail its tests; SystemExit(1) if any does."""
     failed = {problem: asdict(verdict) for problem, verdict in verdicts.items() if not verdict.passed}
     found = {"benchmark": options.benchmark, "problems": len(verdicts), "failed": failed}
-    out.write_text(json.dumps(found, indent=2) + "\n")
+    write_aside(out, json.dumps(found, indent=2) + "\n")
     print(f"{len(verdicts) - len(failed)} of {len(verdicts)} solutions of {options.benchmark} pass its tests · {out}")
     if failed:
         raise SystemExit(1)
@@ -198,7 +209,6 @@ def check_samples(options: EvaluateOptions, groups: list[Group]) -> None:
 def grade_all(groups: list[Group], grader: Grader) -> list[dict[str, str | int | bool]]:
     """Set `correct` on every trajectory; returns the answers where plain string match says otherwise."""
     trajectories = [trajectory for group in groups for trajectory in group]
-
     pairs = [(t.answer, t.boxed) for t in trajectories if t.boxed is not None]
     different = list({question(*pair): pair for pair in pairs}.values())  # each asked once, whichever thread is first
     with ThreadPoolExecutor(8) as pool:

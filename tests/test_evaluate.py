@@ -229,6 +229,21 @@ def test_a_model_answers_a_code_benchmark_while_it_runs_code(tiny_directory, tmp
     assert json.loads(line)["id"] == "mbpp/9001" and json.loads(line)["correct"] is None
 
 
+@pytest.mark.parametrize("arguments", [["--responses", "FILE", "--out", "FILE"],
+                                       ["--benchmark", "FILE", "--model", "m", "--out", "FILE"],
+                                       ["--benchmark", "CODE", "--check_canonical", "--out", "SCORES"]])
+def test_what_was_there_and_is_no_older_result_is_not_overwritten(tmp_path, arguments, capsys):
+    places = {"FILE": write(tmp_path / "r.jsonl", [solution("a", 0, "1")]), "SCORES": str(tmp_path / "scores.json"),
+              "CODE": str(tmp_path / "code.jsonl")}
+    (tmp_path / "code.jsonl").write_text(json.dumps(CASES["mbpp"].record) + "\n")
+    (tmp_path / "scores.json").write_text('{"settings": {}, "metrics": {}}\n')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        config.run(evaluate.main, EvaluateOptions, "", [places.get(argument, argument) for argument in arguments])
+    assert ended.value.code == 2 and "is there and holds something else" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("arguments, message", [
     ([], "--out is missing"),
     (["--out", "DIR/x.json"], "give --responses FILE"),
