@@ -70,6 +70,18 @@ def test_a_killed_writers_half_line_is_ignored_and_cut_before_more_is_written(tm
     assert run_all(None, path, "replay", "a", "c") == ["1", "1"]
 
 
+def test_a_file_that_is_no_log_is_not_cut_and_a_log_that_is_not_there_is_not_replayed(tmp_path):
+    path = tmp_path / "log"
+    with pytest.raises(ValueError, match="log does not exist, so there is nothing to replay"):
+        run_all(None, path, "replay", "a")
+    path.write_text("notes\nwithout a newline at their end")
+    with pytest.raises(ValueError, match="log ends in something else than an execution"):
+        run_all(Counting(), path, "record", "a")
+    assert path.read_text() == "notes\nwithout a newline at their end"
+    with pytest.raises(ValueError, match="--sandbox_log_mode replay needs --sandbox_log"):
+        open_sandbox("local", log_mode="replay")
+
+
 def test_an_infrastructure_failure_is_not_in_the_log(tmp_path):
     path = tmp_path / "log"
     run_all(Counting("infrastructure", "ok"), path, "record", "a", "a")

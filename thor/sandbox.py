@@ -252,4 +252,6 @@ def open_sandbox(spec: str, cpu_seconds: float = 10.0, require: str = "best", lo
             raise ValueError("--sandbox_log_mode cache needs --sandbox local, where random numbers are seeded alike each time")
     else:
         raise ValueError(f"--sandbox {spec}: it must be local or the URLs of a sandbox service")
+    if log is None and log_mode != "record":
+        raise ValueError(f"--sandbox_log_mode {log_mode} needs --sandbox_log, the file that it is about")
     return sandbox if log is None else LoggedSandbox(sandbox, log, log_mode, limits)

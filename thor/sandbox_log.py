@@ -17,6 +17,7 @@ from typing import Protocol
 from thor.trajectory import Execution
 
 MODES = ("record", "replay", "cache")
+ENTRY = b'{"key": "'  # begins every line
 # Code that imports one of these may print something else the next time.
 UNSTEADY = {"time", "datetime", "os", "secrets", "uuid", "subprocess", "multiprocessing", "threading", "concurrent",
             "asyncio", "socket", "tempfile", "ctypes", "signal", "gc", "psutil", "platform", "timeit", "resource"}
@@ -52,6 +53,8 @@ class LoggedSandbox:
 
     async def __aenter__(self) -> "LoggedSandbox":
         if self.mode == "replay":
+            if not self.path.is_file():
+                raise ValueError(f"{self.path} does not exist, so there is nothing to replay")
             self._known.update(read_log(self.path))
             return self
         cut_half_line(self.path)
@@ -104,11 +107,14 @@ def read_log(path: Path) -> dict[str, list[Execution]]:
 
 
 def cut_half_line(path: Path) -> None:
-    """Remove what a killed writer left after the last whole line."""
+    """Remove what a killed writer left after the last whole line. ValueError if that is not the beginning of an entry."""
     if path.exists():
         data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            os.truncate(path, data.rfind(b"\n") + 1)
+        end = data.rfind(b"\n") + 1
+        if data[end:end + len(ENTRY)] != ENTRY[:len(data) - end]:
+            raise ValueError(f"{path} ends in something else than an execution of a sandbox's log; name another file")
+        if end < len(data):
+            os.truncate(path, end)
 
 
 def is_steady(code: str, last: Execution) -> bool:
