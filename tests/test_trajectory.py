@@ -108,6 +108,10 @@ def test_records_without_logprobs_and_with_fields_of_their_own_are_read():
     ({"finish": "tired"}, "unknown finish 'tired'; it must be one of eos, length"),
     ({"executions": [None, {"outcome": "bad", "stdout": "", "error": "", "seconds": 0}]}, "unknown outcome bad"),
     ({"executions": [None, {"outcome": "ok"}]}, "not a trajectory"), ({"attempts": [{}]}, "not a trajectory"),
+    ({"answer": 4}, "answer is 4; it must be str | None"), ({"boxed": 4}, "boxed is 4"), ({"id": 1}, "id is 1; it must be str"),
+    ({"question": None}, "question is None"), ({"text": None}, "text is None"), ({"sample": "0"}, "sample is '0'"),
+    ({"tokens_generated": None}, "tokens_generated is None; it must be int"), ({"prompt_ids": [-1]}, "id is negative"),
+    ({"prompt_ids": ["a"]}, "not a trajectory"), ({"prompt_ids": None}, "not a trajectory"),
 ])
 def test_a_malformed_record_is_refused_in_one_sentence(changes, message):
     line = json.dumps(json.loads(to_json(example())) | changes)

@@ -15,6 +15,10 @@ OUTCOMES = ("ok", "silent", "error", "timeout", "memory", "output-limit", "infra
 
 FINISHES = ("eos", "length", "rounds", "failed", "infrastructure")
 
+# Of the fields of a file that are computed with, whoever wrote it.
+FIELD_TYPES = {"id": str, "sample": int, "question": str, "answer": str | None, "text": str, "boxed": str | None,
+               "corrections": int, "tokens_generated": int}
+
 
 @dataclass(frozen=True)
 class Span:
@@ -166,6 +170,12 @@ def from_json(line: str) -> Trajectory:
 
 
 def _check(trajectory: Trajectory) -> None:
+    for name, kind in FIELD_TYPES.items():
+        if not isinstance(getattr(trajectory, name), kind):
+            wanted = kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{name} is {getattr(trajectory, name)!r}; it must be {wanted}")
+    if min(trajectory.prompt_ids + trajectory.response_ids, default=0) < 0:
+        raise ValueError("a token id is negative")
     length, runs = len(trajectory.response_ids), trajectory.executions
     check_spans(trajectory.spans, length)
     acts = sum(span.kind == ACT for span in trajectory.spans)
