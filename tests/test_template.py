@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from thor.template import (CLOSE_THINKING, FenceScanner, Template, code_of, cut_response, encode_response,
-                           imitated_outputs, observation_text, shown, stop_ids)
+                           imitated_outputs, load_template, observation_text, shown, stop_ids)
 from thor.trajectory import Execution, Span, loss_mask
 
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -239,6 +239,13 @@ def test_a_tokenizer_without_eos_or_template_is_refused():
         Template(tokenizer, style="base")
     with pytest.raises(ValueError, match="base or chat"):
         Template(tokenizer, style="poem")
+
+
+def test_a_directory_whose_tokenizer_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer.json").write_text("broken")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be loaded"):
+        load_template(tmp_path, "base", "", None, False)
 
 
 def test_sampling_stops_on_the_trained_eos_and_on_those_of_the_generation_config(tmp_path):

@@ -135,7 +135,7 @@ def load_template(directory: str | Path, style: str, instruction: str, system: s
         raise ValueError(f"{directory} is not a directory; a model is a Hugging Face directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{directory} holds no tokenizer that can be loaded ({error})") from None
     return Template(tokenizer, style, instruction, system, thinking)
 
