@@ -66,8 +66,8 @@ def step_metrics(groups: Groups, num_failures: int, template: Template) -> dict[
 
 def only_prints_constants(program: str) -> bool:
     """Whether a program computes nothing: no name but print is read or written, and nothing is imported."""
-    nodes = list(ast.walk(ast.parse(program)))
-    return not any(isinstance(node, (ast.Import, ast.ImportFrom, ast.BinOp)) or
+    nodes = nodes_of(program)
+    return bool(nodes) and not any(isinstance(node, (ast.Import, ast.ImportFrom, ast.BinOp)) or
                    isinstance(node, ast.Name) and node.id != "print" for node in nodes)
 
 
@@ -75,4 +75,12 @@ def catches_everything(program: str) -> bool:
     """Whether some handler takes any exception at all."""
     return any(isinstance(node, ast.ExceptHandler) and (node.type is None or isinstance(node.type, ast.Name) and
                                                         node.type.id in ("Exception", "BaseException"))
-               for node in ast.walk(ast.parse(program)))
+               for node in nodes_of(program))
+
+
+def nodes_of(program: str) -> list[ast.AST]:
+    """All of a program; nothing of one that runs in a sandbox with another Python and cannot be parsed by this one."""
+    try:
+        return list(ast.walk(ast.parse(program)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
