@@ -263,6 +263,7 @@ def make_template(options: GenerateOptions) -> Template:
     for name, allowed in (("dtype", tuple(DTYPES)), ("exact", ("on", "off"))):
         if getattr(options, name) not in allowed:
             raise ValueError(f"{name} is {getattr(options, name)!r}; it must be one of {', '.join(allowed)}")
+    config.check_device(options.device)
     if options.rollout.max_code_rounds == 0 and options.instruction is None:
         options.instruction = TEXT_INSTRUCTION
     instruction = INSTRUCTION if options.instruction is None else options.instruction

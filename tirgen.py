@@ -22,13 +22,13 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from generate import grade
 from thor import config, funnel, tries
 from thor.actor_critic import LoopOptions, Tools, make_try, plain_answer
 from thor.clients import ClientError, ClientOptions, EngineClient, HTTPClient, open_client
 from thor.config import option, required
 from thor.critic import REWRITE_PROMPT, SOLVABLE_PROMPT, Critic, CriticOptions, LMCritic
 from thor.data import Problem, open_to_append, read_problems, read_records
+from thor.reward import grade
 from thor.sampling import Sampling
 from thor.sandbox import open_sandbox
 from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template
@@ -258,7 +258,8 @@ def check(options: TirgenOptions) -> None:
         raise ValueError(f"{options.out} holds no {tries.TRIES} to filter")
     if (options.merge or options.filter_only) and options.shard != "1/1":
         raise ValueError("--shard is for making tries; --merge and --filter_only take all that there are")
-    assert options.loop and options.filters and options.as_critic, "each has checked itself"
+    config.check_device(options.device)
+    _ = options.loop, options.filters, options.as_critic  # each checks itself
 
 
 def is_url(spec: str) -> bool:

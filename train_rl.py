@@ -126,6 +126,10 @@ class TrainOptions:
         if self.temperature <= 0 or self.top_p != 1 or self.top_k != 0:
             raise ValueError("training samples at temperature > 0 with top_p 1 and top_k 0: anything else makes the ratio "
                              f"of Eq. 4 wrong (got {self.temperature}, {self.top_p}, {self.top_k})")
+        for name in ("lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        _ = self.filters, self.rollout(0)  # each checks itself
         self.joint = self.joint or "mixed_normaliser" in self.quirks
         check_arithmetic(self.device, self.dtype, self.compile, self.offload)
 
@@ -148,6 +152,12 @@ class TrainOptions:
         """How round `number` samples: no self-correction, and a failure ends the trajectory."""
         return RolloutOptions(Sampling(self.temperature), self.max_response_tokens, self.max_code_rounds, 0,
                               self.suffix_tokens, stop_at_failure=True, seed=self.seed, round=number)
+
+    @property
+    def filters(self) -> TrajectoryFilters:
+        """What a trajectory must be to count."""
+        return TrajectoryFilters(self.min_response_tokens, self.box_within_last, self.min_group_fraction,
+                                 1 if "lone_reward" in self.quirks else 2)
 
     def evaluation(self, problems: list[Problem], ranks: Ranks) -> Evaluation:
         """How the evaluation problems are solved: as in training, with noise of its own."""
@@ -203,6 +213,7 @@ class Sampled:
 
 def main(options: TrainOptions) -> None:
     """Rounds of: sample, branch, filter, score, update."""
+    config.check_device(options.device)
     with open_ranks(options.device, options.replicas, mixed=options.dtype == "bfloat16") as ranks:
         run, out = begin(options, ranks), Path(options.out)
         if run.state.round >= options.rounds:
@@ -256,10 +267,10 @@ async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[
     counts, done = tools.engine.counts, time.perf_counter()
     del tools  # the memory of cache and, with several ranks, weights
     metrics = learn(run, sampled, number, rng)
-    runs = all_executions(sampled.drawn + sampled.branches)
+    executions = all_executions(sampled.drawn + sampled.branches)
     return metrics, {"time/sample": counts.seconds, "time/execute": done - started - counts.seconds,
-                     "time/train": time.perf_counter() - done, "sandbox/seconds": sum(run.seconds for run in runs),
-                     "sandbox/executions": len(runs), **run.ranks.add_up({
+                     "time/train": time.perf_counter() - done, "sandbox/seconds": sum(each.seconds for each in executions),
+                     "sandbox/executions": len(executions), **run.ranks.add_up({
                          "engine/sampled": counts.sampled, "engine/fed": counts.fed, "engine/evicted": counts.evicted})}
 
 
@@ -313,11 +324,9 @@ def choose_groups(carried: Groups, fresh: Groups, wanted: int) -> tuple[Groups, 
 async def sample_groups(run: Run, tools: Tools, number: int) -> tuple[list[list[Trajectory]], Kept, list[FailedStep]]:
     """G graded trajectories of each problem, until enough groups survive the filters or the passes are spent."""
     options, drawn, held = run.options, [], []
-    filters = TrajectoryFilters(options.min_response_tokens, options.box_within_last, options.min_group_fraction,
-                                1 if "lone_reward" in options.quirks else 2)
     for _ in range(options.max_passes if options.groups_per_round else 1):
         drawn += await sample_problems(run, tools, next_problems(run), number, held)
-        kept = filter_trajectories(drawn, filters, run.template.decode)
+        kept = filter_trajectories(drawn, options.filters, run.template.decode)
         if len(run.state.carried) + len(kept.groups) >= options.groups_per_round:
             break
     stop_if_lost(drawn, "trajectories", number)

@@ -296,6 +296,7 @@ def check(options: SftOptions) -> None:
     if options.schedule not in SCHEDULES:
         raise ValueError(f"schedule is {options.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
     check_arithmetic(options.device, options.dtype, options.compile, options.offload)
+    config.check_device(options.device)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
 import tiny
@@ -171,6 +172,7 @@ def test_dropped_attempts_are_shown_where_they_were_dropped():
     (["--model", "TINY", "--question", "x", "--samples", "0"], "samples is 0"),
     (["--model", "TINY", "--question", "x", "--temperature", "-1"], "temperature is -1"),
     (["--model", "TINY", "--question", "x", "--dtype", "int3"], "dtype is 'int3'"),
+    (["--model", "TINY", "--question", "x", "--device", "gpu"], "device is 'gpu'; it must be cpu or cuda"),
     (["--model", "TINY", "--question", "x", "--style", "poem"], "style is 'poem'"),
     (["--model", "TINY", "--question", "x", "--sandbox", "nowhere"], "sandbox"),
     (["--model", "TINY", "--problems", "none.jsonl", "--out", "o"], "does not exist"),
@@ -190,6 +192,12 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tiny_directory, problems, t
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and message in printed and "Traceback" not in printed
     assert printed.count("error: ") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="device is 'cuda', and torch finds no CUDA device on this machine"):
+        config.check_device("cuda")
 
 
 def test_every_flag_has_a_line_of_help():

@@ -582,6 +582,7 @@ def test_a_run_that_lost_everything_does_not_end_in_silence(world, tmp_path):
     (["--critic", "scripted:nobody"], "no thor/nobody.py with a make_critic"),
     (["--critic", "scripted:model"], "no thor/model.py with a make_critic"),
     (["--critic", "MODEL"], "(its style is --critic_style): the tokenizer has no chat template"),
+    (["--device", "gpu"], "device is 'gpu'; it must be cpu or cuda"),
     (["--tries", "0"], "tries is 0"),
     (["--concurrency", "0"], "concurrency is 0"),
     (["--difficulty_samples", "-1"], "difficulty_samples is -1"),

@@ -244,6 +244,10 @@ def test_old_log_probs_are_those_of_the_weights_that_sampled(tiny_directory, pro
     (["--eval_every", "2"], "needs --eval_problems"),
     (["--model", "no/such"], "not a directory"),
     (["--sandbox", "http://127.0.0.1:9"], "sandbox"),
+    (["--device", "gpu"], "device is 'gpu'; it must be cpu or cuda"),
+    (["--suffix_tokens", "-1"], "suffix_tokens is -1"),
+    (["--min_group_fraction", "2"], "min_group_fraction is 2"),
+    (["--max_grad_norm", "0"], "max_grad_norm is 0.0; it must be above 0"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_code_2(trained, tiny_directory, problems, tmp_path, more, message, capsys):
     (tmp_path / "NO_ANSWER").write_text('{"id": "a", "question": "1+1", "answer": null}\n')
@@ -264,6 +268,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(trained, tiny_directory, pr
     ("try:\n    x = 1 / 0\nexcept:\n    print(1)", False, True),
     ("try:\n    print(x)\nexcept Exception:\n    print(1)", False, True),
     ("try:\n    print(x)\nexcept KeyError:\n    print(1)", False, False),
+    ("print(1", False, False),  # as code looks that another Python, in a sandbox elsewhere, has run
 ])
 def test_code_that_games_the_step_reward_is_recognised(program, trivial, greedy):
     assert (only_prints_constants(program), catches_everything(program)) == (trivial, greedy)

@@ -266,6 +266,7 @@ def with_file(name: str, text: str) -> Callable[[SftOptions], SftOptions]:
     (lambda options: replace(options, warmup=1.5), "warmup is 1.5"),
     (lambda options: replace(options, schedule="linear"), "schedule is 'linear'; it must be one of constant, cosine"),
     (lambda options: replace(options, keep=-1), "keep is -1"),
+    (lambda options: replace(options, device="gpu"), "device is 'gpu'; it must be cpu or cuda"),
 ])
 def test_bad_input_is_one_clear_sentence(options, change, message):
     with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers import HfArgumentParser
 
 Options = TypeVar("Options")
@@ -42,6 +43,14 @@ def parse(options_class: type[Options], description: str, argv: list[str] | None
     if defaults is not None:
         parser.set_defaults(**defaults(parser.parse_args_into_dataclasses(argv)[0]))
     return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def check_device(device: str) -> None:
+    """ValueError for a --device that is none, or that torch does not find on this machine."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; it must be cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and torch finds no CUDA device on this machine")
 
 
 def save(options: Options, path: Path) -> None:
