@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from thor.attention import Row
 from thor.decode_step import DecodeStep, Launched, NextToken
@@ -28,6 +29,9 @@ PREFILL_TOKENS = 2048
 MAX_ROWS = 512  # of a decoding step
 NOT_SAMPLED = Sampling()  # of a row whose token nobody wants
 FEED_ROWS = 64  # rows of it beside one for each sequence, for stretches that short
+# All but cuDNN, which torch prefers on Hopper: it makes a plan for each new shape, some 30 ms of host time, and nearly
+# every prefill has a shape of its own.
+PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -213,7 +217,8 @@ class PagedEngine(Engine):
         positions = [row.start + i for row in rows for i in range(row.count)]
         self.counts.fed += len(ids)
         token_ids_T, positions_T = (upload(values, torch.int64, self.device) for values in (ids, positions))
-        self.model(token_ids_T, positions_T, paged(self.cache, rows))
+        with sdpa_kernel(PREFILL_BACKENDS):
+            self.model(token_ids_T, positions_T, paged(self.cache, rows))
 
     def _launch(self, decodes: list[tuple[Request, NextToken]]) -> _UnderWay | None:
         if not decodes:
