@@ -235,6 +235,29 @@ def test_a_long_prompt_is_fed_in_chunks_and_stalls_nobody(model):
     assert engine.counts.fed == 95 + 20
 
 
+def test_with_more_requests_than_rows_of_a_step_nothing_is_prefilled_for_those_that_wait(random_directories):
+    """A forward over no token at all would cost a GPU as much host time as one over many."""
+    class Counting(Decoder):
+        """Remembers how many tokens it was given."""
+
+        def forward(self, token_ids_T: torch.Tensor, *others: object) -> torch.Tensor:
+            fed.append(len(token_ids_T))
+            return super().forward(token_ids_T, *others)
+
+    fed, model = [], load_model(random_directories["qwen2"], torch.float64)
+    model.__class__ = Counting
+    engine = PagedEngine(model, NO_EOS, 1, 80, num_pages=200)
+    assert engine.decoder.max_rows < 100
+
+    async def crowd(engine: Engine) -> list[list[int]]:
+        sequences = [engine.new([1, 2, number] * 9, noise_key(number)) for number in range(100)]
+        await asyncio.gather(*(engine.sample(sequence, Sampling(), 4) for sequence in sequences))
+        return [sequence.ids for sequence in sequences]
+
+    assert run(crowd(engine)) == run(crowd(Engine(model, NO_EOS, 100, 80)))
+    assert min(fed) > 0
+
+
 def test_a_model_error_reaches_every_coroutine_and_the_engine_recovers(model):
     async def break_and_go_on() -> tuple[list, list[int]]:
         engine = PagedEngine(model, NO_EOS, 4, 64, page_tokens=8)

@@ -115,7 +115,8 @@ class PagedEngine(Engine):
 
     def _plan(self) -> _Plan:
         """First come, first served, as far as pages, rows and the prefill budget go."""
-        plan, budget = _Plan([], [], [], [], [], self.decoder.max_rows - len(self._requests)), PREFILL_TOKENS
+        feed_rows = max(0, self.decoder.max_rows - len(self._requests))
+        plan, budget = _Plan([], [], [], [], [], feed_rows), PREFILL_TOKENS
         for request in list(self._requests):
             row = None if self._under_way is None else self._under_way.row_of.get(id(request))
             if row is not None:
