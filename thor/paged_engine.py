@@ -70,7 +70,8 @@ class PagedEngine(Engine):
             raise ValueError(f"num_slots is {num_slots}; the sampler must hold 1 sequence or more")
         self.page_tokens, self._num_pages = page_tokens, num_pages
         super().__init__(model, eos_ids, num_slots, max_tokens, False, chunk_tokens, max_wait)
-        on_gpu = self.device.type == "cuda"
+        if on_gpu := self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # streams, events and Triton go by it
         use_kernels = kernels_available(self.device) and page_tokens >= 16 if use_kernels is None else use_kernels
         self.decoder = DecodeStep(model, self.cache, min(num_slots + FEED_ROWS, MAX_ROWS), use_kernels,
                                   on_gpu if use_graphs is None else use_graphs)
