@@ -32,7 +32,7 @@ from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hiera
 from thor.metrics import MetricsLog
 from thor.model import Decoder, compile_layers
 from thor.optimizer import Skips, check_arithmetic, make_optimizer, take_step
-from thor.paged_engine import make_engine
+from thor.paged_engine import make_engine, release_memory
 from thor.parallel import Ranks, full_copy, load_optimizer, load_sharded, open_ranks, save_checkpoint
 from thor.quirks import loosened, parse_quirks, random_success, with_misplaced_mask, with_pad
 from thor.reward import grade, trajectory_reward
@@ -262,10 +262,12 @@ def check_trained(run: Run, out: Path) -> None:
 async def one_round(run: Run, sandbox: LocalSandbox, number: int) -> tuple[dict[str, float | None], dict[str, float]]:
     """One round of method, section 4: its metrics, and its times, which are the first rank's."""
     rng, started = random.Random(f"{run.options.seed} {number}"), time.perf_counter()
+    release_memory(run.options.device)
     tools = Tools(build_engine(run), sandbox, run.template)  # new weights: nothing that was cached is valid
     sampled = await sample_round(run, tools, number, rng)
     counts, done = tools.engine.counts, time.perf_counter()
     del tools  # the memory of cache and, with several ranks, weights
+    release_memory(run.options.device)
     metrics = learn(run, sampled, number, rng)
     executions = all_executions(sampled.drawn + sampled.branches)
     return metrics, {"time/sample": counts.seconds, "time/execute": done - started - counts.seconds,

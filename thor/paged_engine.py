@@ -245,6 +245,16 @@ class PagedEngine(Engine):
                 self._finish(request, "length")
 
 
+def release_memory(device: str) -> None:
+    """Between sampling and training: give back what torch keeps of memory that is free, on a GPU.
+
+    What outlives a phase, as the optimizer's moments do, would else be put into the gaps that caches or activations
+    left, and the next cache, one piece, would not find its place again.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def make_engine(model: Decoder, eos_ids: set[int], num_slots: int, max_tokens: int, exact: bool = True) -> Engine:
     """The engine for the model's device: `PagedEngine` on a GPU, `Engine` elsewhere, where `exact` means something."""
     if model.head_weight.device.type == "cuda":
