@@ -80,6 +80,8 @@ class DecodeStep:
         self._reals = torch.zeros(max_rows, 2, dtype=torch.float64, device=self.device)
         self._tokens = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
         self._logprobs = torch.zeros(max_rows, dtype=torch.float32, device=self.device)
+        # warm-ups run on it, too: cuBLAS keeps a workspace for each stream, which shall not lie in a graph's memory
+        self._stream = torch.cuda.Stream(self.device) if use_graphs else None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.inference_mode()
@@ -126,15 +128,14 @@ class DecodeStep:
         self._integers[:size] = 0
         self._integers[:size, SOURCE] = -1
         self._reals[:size] = 1.0
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 self._run(size)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
             logits = self._run(size)
         self._tokens.copy_(tokens)
         return graph, logits
