@@ -226,10 +226,10 @@ def full_parameters(model: Decoder) -> Iterator[tuple[str, Tensor]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Together: a tensor that may be divided over the ranks, in one piece."""
+    """Together: a tensor that may be divided over the ranks, in one piece, on the mesh's device."""
     if not isinstance(tensor, DTensor):
         return tensor
-    full = tensor.full_tensor()
+    full = tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded shares would go through gloo
     padded = full.untyped_storage().nbytes() > full.nbytes  # so uneven shards come, and safetensors does not take that
     return full.clone() if padded else full
 
