@@ -74,6 +74,8 @@ def generate(shape: ModelConfig, case: Case, dtype: torch.dtype, device: torch.d
     """Seconds of all rounds by `generate`, after a short one that does not count."""
     from transformers import GenerationConfig
 
+    # on Hopper torch prefers it, and it plans anew for every length, 30 ms of each token: the peer is to be at its best
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = transformers_model(shape, dtype, device)
     rows = [list(ids) for ids in case.prompts for _ in range(case.samples)]
 
