@@ -13,7 +13,9 @@ import asyncio
 import dataclasses
 import gc
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -54,13 +56,15 @@ class Options:
     seconds: float = option(530.0, "for everything; what does not fit is reported as not run")
     commit: str | None = option(None, "what to call the commit where git cannot be asked")
     row: str | None = option(None, "used by the script itself: run one row and print JSON")
+    failed: str = option("[]", "used by the script itself: what went wrong in the arrangements that were tried before")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a row runs and how big it is."""
+    """Where a row runs and how big it is; what went wrong with the sampler in the processes before this one."""
 
     smoke: bool
+    failed: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +88,7 @@ class Bench:
 def main(options: Options) -> None:
     """Run the rows, each in its own process, and write what they found."""
     if options.row is not None:
-        report(ROWS[options.row][0](Bench(options.smoke)))
+        report(ROWS[options.row][0](Bench(options.smoke, tuple(json.loads(options.failed)))))
         return
     names = [name.strip() for name in options.rows.split(",")] if options.rows else list(ROWS)
     unknown = [name for name in names if name not in ROWS]
@@ -129,15 +133,25 @@ def run_row(name: str, smoke: bool, limit: float) -> Numbers:
     if limit < 1:
         return {"trouble": "not run, the time was up", "row_seconds": 0.0}
     process = subprocess.Popen([sys.executable, __file__, "--row", name, "--smoke", str(smoke)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, process_group=0)
     try:
         output, errors = process.communicate(timeout=limit)
         trouble = {"trouble": last_line(errors)} if process.returncode else {}
     except subprocess.TimeoutExpired:
-        process.kill()
+        stop(process)
         output, errors = process.communicate()
         trouble = {"trouble": f"stopped after {limit:.0f} s"}
+    finally:
+        stop(process)
     return {**last_numbers(output), **trouble, "row_seconds": time.monotonic() - started}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a row and what it has started, which would hold its pipes open and the device's memory."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def last_numbers(output: str) -> Numbers:
@@ -170,18 +184,27 @@ def ceilings(bench: Bench) -> Numbers:
     return {"bytes_per_second": 2 * size / copy, "flops_per_second": 2 * count**3 / product}
 
 
+ARRANGEMENTS = ({}, {"use_kernels": False}, {"use_kernels": False, "use_graphs": False})
+
+
 def attempts(bench: Bench, shape: ModelConfig, num_slots: int, max_tokens: int,
              measure: Callable[[PagedEngine], Numbers]) -> Numbers:
-    """`measure` on an engine as it should be; if that fails, without kernels, then without graphs, and it says so."""
-    model, errors = build_model(shape, bench.dtype, bench.device), []
-    for arrangement in ({}, {"use_kernels": False}, {"use_kernels": False, "use_graphs": False}):
+    """`measure` on an engine as it should be; if that fails, without kernels, then without graphs, and it says so.
+
+    On a GPU another attempt is another process: after an access to memory that is not its own, one can do nothing more.
+    """
+    model, errors = build_model(shape, bench.dtype, bench.device), list(bench.failed)
+    for arrangement in ARRANGEMENTS[len(errors):]:
         try:
             engine = PagedEngine(model, set(), num_slots, max_tokens, **arrangement)
             return {**measure(engine), **arrangement_of(engine), "errors": errors}
         except Exception as error:  # whatever it is: Triton's errors, for one, are of no kind of Python's own
             errors.append(f"{type(error).__name__}: {error}"[:300])
             engine = None
-            gc.collect()
+        gc.collect()
+        if bench.device.type == "cuda" and len(errors) < len(ARRANGEMENTS):
+            again = [sys.executable, *sys.argv, "--failed", json.dumps(errors)]
+            sys.exit(subprocess.run(again, check=False).returncode)
     raise RuntimeError("; ".join(errors))
 
 

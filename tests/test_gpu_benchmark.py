@@ -101,6 +101,9 @@ def test_an_engine_that_fails_in_any_way_gives_way_to_a_plainer_one():
     found = gpu.attempts(gpu.Bench(True), TINY, 2, 64, failing_twice)
     assert found["errors"] == ["CompilerError: int32 and int64", "KeyError: 'graph'"]
     assert gpu_report.arranged(found) == "kernels off, graphs off; CompilerError: int32 and int64; KeyError: 'graph'"
+    seen = []
+    gpu.attempts(gpu.Bench(True, ("the first", "the second")), TINY, 2, 64, lambda engine: seen.append(engine) or {})
+    assert len(seen) == 1 and not seen[0].decoder.use_graphs  # another process's failures count
 
 
 def test_a_kernels_time_counts_once_and_not_again_for_the_operator_that_launched_it():
