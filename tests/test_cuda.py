@@ -1,6 +1,6 @@
 """What only a GPU can show: graphs, kernels in low precision, and the paged engine as it is used there.
 
-    python -m pytest -m cuda
+    python -m pytest tests/test_cuda.py tests/test_kernels.py
 """
 
 import asyncio

@@ -45,7 +45,8 @@ def some_pages(shape: tuple[int, int, int], dtype: torch.dtype, lengths: list[in
 def test_paged_attention_equals_gathered_pages(shape, dtype, max_splits):
     lengths = [1, 16, 17, 40, 100]  # with four parts some are empty
     q, keys, values, table, positions = some_pages(shape, dtype, lengths)
-    expected = attend_pages(q[:, None].float(), keys.float(), values.float(), table.long(), positions[:, None])[:, 0]
+    wide = (tensor.double() for tensor in (q[:, None], keys, values))
+    expected = attend_pages(*wide, table.long(), positions[:, None])[:, 0].float()
     for row, length in enumerate(lengths):  # what lies beyond must not matter
         keys[table[row, -(-length // 16):].long()] = 100.0
     got = kernels.paged_decode(q, keys, values, table, positions, max_splits)
