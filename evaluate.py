@@ -35,6 +35,7 @@ from thor.code_scores import judge_responses, judge_solutions
 from thor.code_tests import BROKEN, KINDS, Judge, Verdict
 from thor.compare import compare
 from thor.config import option, several
+from thor.curves import MAX_SUBSETS
 from thor.data import Problem, read_trajectories
 from thor.metrics import bootstrap, pass_at_k
 from thor.results import row_of, to_text
@@ -42,7 +43,6 @@ from thor.reward import GRADE_SECONDS, Grader
 from thor.template import imitated_outputs
 from thor.trajectory import OUTCOMES, Trajectory, kept_executions, num_observations
 
-MAX_SUBSETS = 1000  # of the samples of one problem; beyond, maj@k is the mean over that many seeded ones
 
 Group = list[Trajectory]  # the samples of one problem, in order
 

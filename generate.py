@@ -28,7 +28,7 @@ from thor import config
 from thor.checkpoint import differences, read_settings, write_aside
 from thor.config import option
 from thor.data import Problem, append_trajectory, open_to_append, read_problems, read_trajectories
-from thor.engine import Engine
+from thor.engine import Engine, warn_if_inexact
 from thor.paged_engine import make_engine
 from thor.replay import RecordedSandbox, first_difference, tokens_in_order
 from thor.reward import grade
@@ -296,13 +296,6 @@ def build_engine(options: GenerateOptions, template: Template, jobs: list[tuple[
     engine = make_engine(model, stops, in_flight + idle, context, exact=options.exact == "on")
     warn_if_inexact(engine)
     return engine, in_flight
-
-
-def warn_if_inexact(engine: Engine) -> None:
-    """Say aloud when this machine's libraries break the promise about batch mates."""
-    if engine.exact and engine.device.type == "cpu" and not engine.self_test():
-        print("warning: on this machine a token's logits depend on its batch; trajectories are exact samples, but not "
-              "repeatable across batches", file=sys.stderr)
 
 
 def begin_or_continue(options: GenerateOptions, problems: list[Problem], out: Path) -> set[tuple[str, int]]:

@@ -19,14 +19,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import warn_if_inexact
 from thor import config
 from thor.batch import Sample, branch_sample, deal_packs, loss_tokens, make_pack, score, trajectory_sample
 from thor.checkpoint import StopRequest, load_state, open_run
 from thor.config import option
 from thor.data import Problem, read_problems
 from thor.dump import RoundDump
-from thor.engine import Engine
+from thor.engine import Engine, warn_if_inexact
 from thor.filters import Kept, TrajectoryFilters, branch_reward, filter_branches, filter_trajectories, stop_if_lost
 from thor.grpo import Counts, LossOptions, count_tokens, group_advantages, hierarchical_loss, loss_statistics
 from thor.metrics import MetricsLog
@@ -462,7 +461,7 @@ def update(run: Run, trajectories: Groups, branches: Groups, rng: random.Random,
 
 def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = None) -> dict[str, float]:
     """Eq. 8 over `samples`: one global count, then each pack adds its share to the gradient."""
-    options, loss_options = run.options, run.options.loss
+    options, loss_options, pack_means = run.options, run.options.loss, "pack_means" in run.options.quirks
     packs = deal_packs([len(sample.ids) for sample in samples], options.pack_tokens, run.ranks.size)
     members = [[samples[place] for place in pack] for pack in packs[run.ranks.rank]]
     laid = [make_pack(group, options.device) for group in members]
@@ -472,10 +471,8 @@ def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = Non
         logprobs, entropies = score(run.model, pack, options.temperature, with_entropy=options.entropy_weight != 0)
         with torch.no_grad():
             reference = None if run.reference is None else score(run.reference, pack, options.temperature)[0]
-        given = (logprobs, known, counts, loss_options, reference, entropies)
-        if "pack_means" in options.quirks:
-            given = (logprobs, known, count_tokens(known), loss_options, reference, entropies)
-        loss = hierarchical_loss(*given) / (len(laid) if "pack_means" in options.quirks else 1)
+        given = (logprobs, known, count_tokens(known) if pack_means else counts, loss_options, reference, entropies)
+        loss = hierarchical_loss(*given) / (len(laid) if pack_means else 1)
         loss.backward()
         if dump:
             dump.pack(group, *given)
@@ -487,13 +484,19 @@ def optimizer_step(run: Run, samples: list[Sample], dump: RoundDump | None = Non
     skipped = run.state.skips.in_a_row > 0
     if dump:
         dump.update(counts, sums, norm, skipped)
-    if run.state.skips.too_many:
-        path, lines = Path(options.out) / "bad_batch.jsonl", [json.dumps(dataclasses.asdict(s)) + "\n" for s in samples]
-        run.ranks.first(lambda: path.write_text("".join(lines)))
-        raise ValueError(f"the loss or its gradient was not finite {run.state.skips.in_a_row} steps in a row; the last batch "
-                         f"is in {path}")
+    stop_if_broken_down(run, samples)
     run.state.updates += not skipped
     return sums | {"grad_norm": norm, "skipped": int(skipped)}
+
+
+def stop_if_broken_down(run: Run, samples: list[Sample]) -> None:
+    """ValueError after too many steps in a row that were not finite, the last one's samples written down."""
+    if run.state.skips.too_many:
+        path = Path(run.options.out) / "bad_batch.jsonl"
+        lines = [json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples]
+        run.ranks.first(lambda: path.write_text("".join(lines)))
+        raise ValueError(f"the loss or its gradient was not finite {run.state.skips.in_a_row} steps in a row; the last "
+                         f"batch is in {path}")
 
 
 def build_engine(run: Run) -> Engine:

@@ -34,7 +34,7 @@ QUESTIONS = ["Tom has 3 apples and buys 4 bags of 5 apples each. How many apples
              "What are five European capitals, and on which rivers do they lie?",
              "What is the remainder when 7^100 is divided by 5?"]
 
-ROUNDED = "bfloat16, logits rounded to it"
+ROUNDED = "logits rounded to bfloat16"
 
 
 @dataclass
@@ -73,9 +73,9 @@ def main(options: Options) -> None:
 
 
 def round_logits(model: Decoder) -> None:
-    """Let the model's logits pass through the weights' dtype, as those of a linear layer do."""
+    """Let the model's logits pass through bfloat16, as those of a linear layer with such weights do."""
     plain = model.logits
-    model.logits = lambda hidden_TE: plain(hidden_TE).to(hidden_TE.dtype).float()
+    model.logits = lambda hidden_TE: plain(hidden_TE).bfloat16().float()
 
 
 def sample(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[Sample]:
@@ -90,7 +90,7 @@ def sample(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[Sa
 
 
 @torch.no_grad()
-def scores(model: Decoder, samples: list[Sample], device: str) -> Tensor:
+def scores(model: Decoder, samples: list[Sample], device: torch.device | str) -> Tensor:
     """The trainer's log-probs [S] of all sampled tokens."""
     return score(model, make_pack(samples, device))[0]
 

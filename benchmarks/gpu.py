@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gap  # noqa: E402
 import gpu_peer  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_training  # noqa: E402
@@ -36,7 +37,6 @@ from gpu_shapes import (  # noqa: E402
     QWEN_1_5B, QWEN_7B, TINY, build_model, key_bytes, layer_bytes, report, seconds_of, some_ids, synchronize)
 
 from thor import config  # noqa: E402
-from thor.batch import Sample, make_pack, score  # noqa: E402
 from thor.config import option  # noqa: E402
 from thor.engine import Engine, Sequence  # noqa: E402
 from thor.model import Decoder, ModelConfig  # noqa: E402
@@ -371,29 +371,22 @@ async def sample_all(engine: Engine, sequences: list[Sequence], count: int) -> N
 
 
 def gaps(bench: Bench, model: Decoder) -> dict[str, list[float] | str]:
-    """`gap` by how the sampler is arranged, or why there is none."""
+    """Mean and greatest |Δ log-prob| between sampler and trainer by how they are arranged, or why there is none."""
     found: dict[str, list[float] | str] = {}
-    for name, arrangement in (("as used", {}), ("without kernels", {"use_kernels": False})):
+    rng = random.Random(1)
+    prompts = [some_ids(rng, model.config, bench.size(100, 10)) for _ in range(bench.size(32, 4))]
+    for name, arrangement in (("as used", {}), ("without kernels", {"use_kernels": False}), (gap.ROUNDED, {})):
         try:
-            found[name] = gap(bench, PagedEngine(model, set(), 32, bench.size(512, 64), **arrangement))
+            if name == gap.ROUNDED:
+                gap.round_logits(model)
+            samples = gap.sample(PagedEngine(model, set(), 32, bench.size(512, 64), **arrangement), prompts,
+                                 bench.size(200, 20))
+            sampled = torch.tensor([p for sample in samples for p in sample.sampler_logprobs], device=bench.device)
+            difference = (gap.scores(model, samples, bench.device) - sampled).abs()
+            found[name] = [difference.mean().item(), difference.max().item()]
         except Exception as error:  # as in `attempts`
             found[name] = f"{type(error).__name__}: {error}"[:300]
     return found
-
-
-def gap(bench: Bench, engine: PagedEngine) -> list[float]:
-    """Mean and greatest |Δ log-prob| between sampler and trainer on the tokens that an engine samples."""
-    rng = random.Random(1)
-    prompts = [some_ids(rng, engine.model.config, bench.size(100, 10)) for _ in range(bench.size(32, 4))]
-    sequences = [engine.new(ids, noise_key(i)) for i, ids in enumerate(prompts)]
-    asyncio.run(sample_all(engine, sequences, bench.size(200, 20)))
-    samples = [Sample(sequence.ids, [p is not None for p in sequence.logprobs],
-                      [p for p in sequence.logprobs if p is not None]) for sequence in sequences]
-    with torch.no_grad():
-        scored, _ = score(engine.model, make_pack(samples, bench.device))
-    sampled = torch.tensor([p for sample in samples for p in sample.sampler_logprobs], device=bench.device)
-    difference = (scored - sampled).abs()
-    return [difference.mean().item(), difference.max().item()]
 
 
 def training(bench: Bench) -> Numbers:

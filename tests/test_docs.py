@@ -32,6 +32,16 @@ def test_every_test_and_file_that_a_document_names_exists(document):
     assert {file for file in files if not (ROOT / file).exists()} == set()
 
 
+def test_the_reading_order_says_about_how_long_each_file_is():
+    """Within a tenth, or ten lines."""
+    rows = re.findall(r"^\| (`[^|]+) \| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.M)
+    lines = {name: int(count) for names, counts in rows
+             for name, count in zip(re.findall(r"`([^`]+)`", names), counts.split(","), strict=True)}
+    assert len(lines) > 40
+    found = {name: len((ROOT / name).read_text().splitlines()) for name in lines}
+    assert found == {name: pytest.approx(count, rel=0.1, abs=10) for name, count in lines.items()}
+
+
 def test_every_metric_of_a_round_is_explained():
     """The names in code, against the table; a name with a star stands for a family."""
     explained = set(re.findall(r"`([\w/*…]+)`", (ROOT / "docs" / "metrics.md").read_text()))

@@ -4,6 +4,7 @@ Three ways to choose one of N samples (method, section 5 and 6): majority, the l
 best_of, the highest pass rate of its code, then the largest class, which needs no label either; oracle, a right one if
 there is any, pass@N. A problem's value at N is its mean over the N-subsets of its samples (all of them, or MAX_SUBSETS
 seeded ones); the order of samples decides ties alone, where the lowest wins. Costs are tokens generated, dropped ones too.
+All subsets are computed at once; `majority_at_k` and `best_of` of evaluate.py are the slow twins, one subset at a time.
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,7 @@ the step (on a CPU bit for bit, see `exact` and `self_test`).
 import asyncio
 import bisect
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -324,3 +325,10 @@ def closest_relative(sequence: Sequence) -> tuple[Sequence | None, int]:
 def _common_prefix(a: list[int], b: list[int]) -> int:
     """How many leading elements two lists share, by bisection: comparing slices is fast."""
     return bisect.bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda length: a[:length] != b[:length])
+
+
+def warn_if_inexact(engine: Engine) -> None:
+    """Say aloud when this machine's libraries break the promise about batch mates."""
+    if engine.exact and engine.device.type == "cpu" and not engine.self_test():
+        print("warning: on this machine a token's logits depend on its batch; trajectories are exact samples, but not "
+              "repeatable across batches", file=sys.stderr)
