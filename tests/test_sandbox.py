@@ -93,7 +93,8 @@ def test_a_fork_bomb_is_the_policys_own_failure(executions):
 
 def test_sandbox_limits_that_decide_an_outcome_are_cpu_time_and_memory_wall_clock_is_a_generous_backstop():
     """Sleeping costs no CPU and passes beyond the CPU limit; past the wall-clock limit it is a time-out."""
-    slept, stuck = run_all("import time\ntime.sleep(1.6)\nprint(1)", "import time\ntime.sleep(99)", wall_seconds=3.0)
+    [slept] = run_all("import time\ntime.sleep(1.6)\nprint(1)", wall_seconds=60.0)
+    [stuck] = run_all("import time\ntime.sleep(99)", wall_seconds=3.0)
     assert slept.outcome == "ok" and (stuck.outcome, stuck.error) == ("timeout", "TimeoutError: exceeded 3 s")
 
 
@@ -250,17 +251,33 @@ def test_closing_the_sandbox_ends_what_runs(tmp_path, monkeypatch):
 
 def test_a_grandchild_that_keeps_stdout_open_does_not_stall_the_result():
     code = "import os, time\nif os.fork() == 0:\n    time.sleep(99)\nprint(7)"
-    [execution] = run_all(code)
-    assert execution.outcome == "ok" and execution.seconds < 5
+    [execution] = run_all(code, wall_seconds=60.0)
+    assert execution.outcome == "ok" and execution.seconds < 60
+
+
+LATE_FLOOD = "import fcntl, os\nfcntl.fcntl(1, 1031, 1 << 20)\nos.write(1, b'x' * 900_000)\nos._exit(0)"  # F_SETPIPE_SZ
+
+
+@pytest.mark.parametrize("isolation", ["best", "basic"])
+def test_output_past_the_limit_that_is_read_after_the_end_is_output_limit_and_the_parent_lives(isolation):
+    """A pipe made large enough holds all of it, so its writer is gone when most of it is read."""
+    async def run() -> tuple[list[Execution], bool]:
+        async with LocalSandbox(**{**SMALL, "wall_seconds": 60.0, "output_bytes": 65536}, isolation=isolation) as sandbox:
+            first = sandbox.pid
+            executions = await asyncio.gather(*[sandbox.run(LATE_FLOOD) for _ in range(40)])
+            return executions, sandbox.pid == first
+
+    executions, same_parent = asyncio.run(run())
+    assert {(run.outcome, len(run.stdout)) for run in executions} == {("output-limit", 65536)} and same_parent
 
 
 def test_a_trainer_busy_with_a_step_neither_delays_nor_distorts_a_run():
     """It takes no result for longer than the wall-clock limit, and there are more of them than a socket holds."""
     async def run() -> list[Execution]:
-        async with LocalSandbox(**{**SMALL, "wall_seconds": 2.0, "output_bytes": 1 << 20}) as sandbox:
+        async with LocalSandbox(**{**SMALL, "output_bytes": 1 << 20}) as sandbox:
             running = [asyncio.create_task(sandbox.run("print('x' * 300_000)")) for _ in range(12)]
             await asyncio.sleep(0.05)
-            time.sleep(3)
+            time.sleep(SMALL["wall_seconds"] + 0.5)
             return list(await asyncio.gather(*running))
 
     assert all(execution.passed and len(execution.stdout) == 300_001 for execution in asyncio.run(run()))

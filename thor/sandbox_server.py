@@ -226,8 +226,10 @@ class Server:
         return data
 
     def _kill(self, snippet: Snippet, reason: str) -> None:
-        """Kill the process group, and the main process in case it has not made one yet. It must not be reaped yet."""
+        """Kill the process group, and the main process in case it has not made one yet, unless it has been reaped."""
         snippet.killed_for = snippet.killed_for or reason
+        if snippet.pid not in self.running:
+            return
         try:
             os.killpg(snippet.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -249,7 +251,7 @@ class Server:
     def _finish(self, snippet: Snippet) -> None:
         """The main process has ended: kill whom it left, take what is still in the pipes, send the result."""
         seconds = time.monotonic() - snippet.started
-        self._kill(snippet, "ended")
+        self._kill(snippet, "")
         status, usage = self._reap(snippet)
         del self.running[snippet.pid]
         if snippet.init is None:
