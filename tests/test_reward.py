@@ -129,6 +129,11 @@ def test_the_box_is_the_last_one_whose_braces_balance(text, box):
     assert boxed_answer(text) == box
 
 
+def test_a_box_behind_degenerate_repetition_is_found_in_linear_time():
+    """A quadratic search would take an hour."""
+    assert boxed_answer("\\" * 3_000_001 + "boxed{7}") == "7"
+
+
 def test_a_pathological_answer_costs_its_time_limit_and_nothing_else():
     with Grader(1, seconds=1.0) as grader:
         assert not grader.equivalent("5", "9^{9^{9^{9}}}")

@@ -26,7 +26,7 @@ from pathlib import Path
 from thor.answers import question
 from thor.trajectory import Execution, Trajectory
 
-BOX_OR_BRACE = re.compile(r"\\+boxed\s*\{|\\.|[{}]", re.DOTALL)
+BOX_OR_BRACE = re.compile(r"\\{1,2}boxed\s*\{|\\.|[{}]", re.DOTALL)  # of more backslashes, pairs go by themselves
 GRADE_SECONDS = 5.0  # CPU time of one comparison, so that a busy machine does not change a verdict
 WALL_FACTOR = 6  # and of wall-clock, should a comparison ever sleep
 WORKER_BYTES = 4 << 30

@@ -115,18 +115,18 @@ def read_answer(answer: requests.Response, run_seconds: float, output_bytes: int
         body = answer.json()
         status, result = body["status"], body["run_result"]
         if status == "SandboxError" or result is None or result["status"] == "Error":
-            return Execution("infrastructure", "", f"the service failed: {body.get('message')}"[:EXCERPT], 0.0)
-        seconds, stdout, stderr = result.get("execution_time") or 0.0, result["stdout"] or "", result["stderr"] or ""
+            return Execution("infrastructure", "", f"the service failed: {body.get('message')!r}"[:EXCERPT], 0.0)
+        seconds, stdout, stderr = float(result.get("execution_time") or 0), result["stdout"] or "", result["stderr"] or ""
         code, timed_out = result["return_code"], result["status"] == "TimeLimitExceeded"
-        kept = isinstance(stdout, str) and isinstance(stderr, str) and isinstance(seconds, (int, float))
+        kept = isinstance(stdout, str) and isinstance(stderr, str) and abs(seconds) < float("inf")
         if not kept or status not in ("Success", "Failed") or not timed_out and (
                 result["status"] != "Finished" or not isinstance(code, int)):
             raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return Execution("infrastructure", "", f"not an answer of a sandbox service: {answer.text[:EXCERPT]}", 0.0)
     outcome, error = judge(stdout, stderr, None if timed_out else code, run_seconds, output_bytes)
     printed = stdout.encode("utf-8", "replace")[:output_bytes].decode("utf-8", "replace")
-    return Execution(outcome, printed, error.encode("utf-8", "replace").decode(), float(seconds))
+    return Execution(outcome, printed, error.encode("utf-8", "replace").decode(), seconds)
 
 
 def judge(stdout: str, stderr: str, code: int | None, run_seconds: float, output_bytes: int) -> tuple[str, str]:
