@@ -321,6 +321,21 @@ def test_the_key_comes_from_the_named_variable_and_is_in_no_message(monkeypatch,
     assert "SOME_KEY" in str(error.value) and "secret" not in str(error.value) + str(capfd.readouterr())
 
 
+@pytest.mark.parametrize("key", ["secret-123\nmore", "secret\u2013123"])
+def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key, monkeypatch):
+    monkeypatch.setenv("THOR_API_KEY", key)
+    with after_faults() as stub, pytest.raises(ValueError, match="the key in THOR_API_KEY has a character") as error:
+        ask(stub.url)
+    assert "secret" not in str(error.value) and stub.seen == []
+
+
+def test_the_newline_that_a_file_of_a_key_ends_with_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("THOR_API_KEY", "secret-123\n")
+    with after_faults() as stub:
+        ask(stub.url)
+    assert {seen.headers["Authorization"] for seen in stub.seen} == {"Bearer secret-123"}
+
+
 def test_without_a_key_none_is_sent(monkeypatch):
     monkeypatch.delenv("THOR_API_KEY", raising=False)
     with after_faults() as stub:

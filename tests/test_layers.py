@@ -27,7 +27,8 @@ LAYERS = {
     "paged": {"model"},  # for ModelConfig
     "paged_attention": {"attention", "kernels", "model", "paged"},
     "decode_step": {"kernels", "model", "paged", "paged_attention", "sampling"},
-    "sandbox_http": {"trajectory"},
+    "threads": set(),
+    "sandbox_http": {"threads", "trajectory"},
     "sandbox_log": {"trajectory"},
     "sandbox": {"sandbox_child", "sandbox_http", "sandbox_log", "trajectory"},  # for Limits and Execution
     "template": {"trajectory"},
@@ -52,7 +53,7 @@ LAYERS = {
     "parallel": {"checkpoint", "model", "plan", "weights"},  # plan for its command line
     "engine": {"attention", "cache", "model", "sampling"},
     "paged_engine": {"attention", "decode_step", "engine", "model", "paged", "paged_attention", "sampling"},
-    "clients": {"engine", "paged_engine", "sampling", "template", "weights"},
+    "clients": {"engine", "paged_engine", "sampling", "template", "threads", "weights"},
     "critic": {"clients", "sampling"},
     "gsm": {"critic"},
     "rollout": {"data", "engine", "reward", "sampling", "sandbox", "template", "trajectory"},

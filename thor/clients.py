@@ -16,7 +16,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -27,6 +26,7 @@ from thor.engine import Sequence
 from thor.paged_engine import make_engine
 from thor.sampling import Sampling, noise_key
 from thor.template import TEXT_INSTRUCTION, Template, load_template, stop_ids
+from thor.threads import in_thread
 from thor.weights import DTYPES, load_model
 
 SERVER_SEEDS = 2**31  # llama.cpp takes 32 bits of a seed, some servers a signed number of them
@@ -173,7 +173,7 @@ class _StopSearch:
 
 
 class HTTPClient:
-    """OpenAI-compatible servers (vLLM, SGLang, llama.cpp, …), asked in turn by `concurrency` threads.
+    """OpenAI-compatible servers (vLLM, SGLang, llama.cpp, …), asked in turn, `concurrency` requests at once.
 
     `counts` says what went wrong and was tried again, by kind. `template` is None without `tokenizer`.
     """
@@ -188,8 +188,10 @@ class HTTPClient:
         self.counts: Counter[str] = Counter()
         self.model_names: dict[str, str | None] = dict.fromkeys(self.urls, options.model_name)
         self._turn = itertools.cycle(self.urls)
-        self._key = os.environ.get(options.key_variable, "")
-        self._threads = ThreadPoolExecutor(options.concurrency, "completions")
+        self._key = os.environ.get(options.key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError(f"the key in {options.key_variable} has a character that cannot be sent in a header")
+        self._slots = asyncio.Semaphore(options.concurrency)
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, requests.adapters.HTTPAdapter(len(self.urls), options.concurrency))
@@ -208,7 +210,6 @@ class HTTPClient:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._session.close()
 
     async def complete(self, request: Request) -> Completion:
@@ -239,7 +240,8 @@ class HTTPClient:
         for failures in range(self.options.max_retries + 1):
             url = next(urls)
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._threads, ask, url)
+                async with self._slots:
+                    return await in_thread(ask, url)
             except _Failure as error:
                 failure = error
             self.counts[failure.kind] += 1

@@ -7,12 +7,11 @@ HTTP 200) is tried again, then `infrastructure`; a service that nobody reaches f
 
 import asyncio
 import itertools
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import requests
 
+from thor.threads import in_thread
 from thor.trajectory import Execution
 
 MAX_TRIES = 3  # of a snippet that the service answered, and wrongly
@@ -44,8 +43,10 @@ class RemoteSandbox:
         self.urls, self.run_seconds, self.memory_mb, self.output_bytes = urls, run_seconds, memory_mb, output_bytes
         self.limits = {"run_seconds": run_seconds, "memory_mb": memory_mb, "output_bytes": output_bytes}
         self.wait_seconds, self.pause_seconds = wait_seconds, pause_seconds
-        self._turn, self._sessions = itertools.cycle(urls), threading.local()
-        self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="sandbox")
+        self._turn, self._slots = itertools.cycle(urls), asyncio.Semaphore(max_in_flight)
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, requests.adapters.HTTPAdapter(len(urls), max_in_flight))
         self._last_answer = 0.0
 
     async def __aenter__(self) -> "RemoteSandbox":
@@ -61,7 +62,7 @@ class RemoteSandbox:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._session.close()
 
     async def run(self, code: str) -> Execution:
         """Run one snippet. ValueError once nobody has answered for `wait_seconds`; else it raises for nothing."""
@@ -85,18 +86,17 @@ class RemoteSandbox:
         raise AssertionError("the count of tries has no end")
 
     async def _ask(self, url: str, code: str) -> Execution:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._post, url, code)
+        async with self._slots:
+            return await in_thread(self._post, url, code)
 
     def _post(self, url: str, code: str) -> Execution:
-        """One request, in a thread that keeps its connections. Raises Unreachable."""
-        if not hasattr(self._sessions, "session"):
-            self._sessions.session = requests.Session()
+        """One request, over a kept connection. Raises Unreachable."""
         body = {"code": code, "language": "python", "run_timeout": self.run_seconds,
                 "compile_timeout": self.run_seconds, "memory_limit_MB": self.memory_mb, "stdin": "", "files": {}}
         started = time.monotonic()
         try:
-            answer = self._sessions.session.post(f"{url.rstrip('/')}/run_code", json=body,
-                                                 timeout=(CONNECT_SECONDS, self.run_seconds + EXTRA_SECONDS))
+            answer = self._session.post(f"{url.rstrip('/')}/run_code", json=body,
+                                        timeout=(CONNECT_SECONDS, self.run_seconds + EXTRA_SECONDS))
         except requests.ReadTimeout:
             return Execution("infrastructure", "", f"{url}: no answer in {time.monotonic() - started:.0f} s", 0.0)
         except requests.RequestException as error:
