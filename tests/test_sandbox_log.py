@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from thor.sandbox import open_sandbox
 from thor.sandbox_log import LoggedSandbox, is_steady
 from thor.trajectory import Execution
 
+ROOT = Path(__file__).parent.parent
 LIMITS = {"cpu_seconds": 1.0}
 
 
@@ -106,9 +110,44 @@ def test_an_outcome_that_depends_on_the_machine_is_never_cached(outcome, tmp_pat
     ("import time", False), ("import os.path", False), ("from datetime import date", False),
     ("def f():\n    import uuid", False), ("print(object())", False), ("print(id(1))", False),
     ("exec('import time')", False), ("print(open('/proc/stat'))", False),
+    ("import random\nrandom.seed()", False), ("import random\nrandom.seed(7)", True),
+    ("import numpy as np\nprint(np.random.default_rng().random())", False),
+    ("import numpy as np\nprint(np.random.default_rng(7).random())", True),
+    ("from random import SystemRandom\nprint(SystemRandom().random())", False),
+    ("import random\nprint(random.SystemRandom().random())", False),
 ])
 def test_code_is_steady_unless_it_can_see_the_time_the_machine_or_addresses(code, steady):
     assert is_steady(code, Execution("ok", "", "", 0.0)) == steady
+
+
+def test_an_address_in_what_was_printed_is_not_steady_either():
+    code = "print(map(int, '12'))"
+    assert not is_steady(code, Execution("ok", "<map object at 0x7f0c8a1b2c30>\n", "", 0.0))
+    assert is_steady("print(hex(255))", Execution("ok", "0xff\n", "", 0.0))
+
+
+FULL_DISK = """
+import asyncio, resource, sys
+sys.path.insert(0, "tests")
+from test_sandbox_log import Counting, LIMITS
+from thor.sandbox_log import LoggedSandbox
+
+async def run(path):
+    async with LoggedSandbox(Counting(), path, "record", LIMITS) as logged:
+        await logged.run("a")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))  # Python ignores its signal, so a write ends there
+        await logged.run("b")
+
+asyncio.run(run(sys.argv[1]))
+"""
+
+
+def test_a_line_that_a_full_disk_took_a_part_of_ends_the_run_and_is_cut_off_by_the_next(tmp_path):
+    path = tmp_path / "log"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], cwd=ROOT, capture_output=True, text=True)
+    assert path.stat().st_size == 200 and done.stderr.endswith("no room for a whole line; the disk is full\n")
+    run_all(Counting(), path, "record", "c")
+    assert run_all(None, path, "replay", "a", "c") == ["1", "1"]
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "5", "{\"key\": \"a\"}", "nonsense"])

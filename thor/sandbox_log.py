@@ -6,9 +6,11 @@ but for half a line that a killed writer left; what is `infrastructure` is not i
 """
 
 import ast
+import errno
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,9 @@ ENTRY = b'{"key": "'  # begins every line
 # Code that imports one of these may print something else the next time.
 UNSTEADY = {"time", "datetime", "os", "secrets", "uuid", "subprocess", "multiprocessing", "threading", "concurrent",
             "asyncio", "socket", "tempfile", "ctypes", "signal", "gc", "psutil", "platform", "timeit", "resource"}
-UNSTEADY_NAMES = {"id", "object", "open", "exec", "eval", "__import__", "hash"}
+UNSTEADY_NAMES = {"id", "object", "open", "exec", "eval", "__import__", "hash", "SystemRandom"}
+SEEDS = {"seed", "Random", "RandomState", "default_rng"}  # called without a seed, they ask the system for one
+ADDRESS = re.compile(r"\b0x[0-9a-f]{9,}")  # as in <function <lambda> at 0x7f0c8a1b2c30>
 STEADY_OUTCOMES = ("ok", "silent", "error")  # the others depend on the machine
 
 
@@ -86,8 +90,9 @@ class LoggedSandbox:
             return known[-1]
         execution = await self.sandbox.run(code)
         if execution.outcome != "infrastructure":
-            line = json.dumps({"key": key, **asdict(execution)}) + "\n"
-            os.write(self._file, line.encode())  # one call: lines of several writers do not mix
+            line = (json.dumps({"key": key, **asdict(execution)}) + "\n").encode()
+            if os.write(self._file, line) < len(line):  # one call: lines of several writers do not mix
+                raise OSError(errno.ENOSPC, f"{self.path} has no room for a whole line; the disk is full")
             if self.mode == "cache":
                 self._known[key] = [execution]
         return execution
@@ -118,8 +123,8 @@ def cut_half_line(path: Path) -> None:
 
 
 def is_steady(code: str, last: Execution) -> bool:
-    """Whether the code gives this result each time: by its outcome, and by what it imports and names."""
-    if last.outcome not in STEADY_OUTCOMES:
+    """Whether the code gives this result each time: by the result itself, and by what the code imports and names."""
+    if last.outcome not in STEADY_OUTCOMES or ADDRESS.search(last.stdout + last.error):
         return False
     try:
         tree = ast.parse(code)
@@ -130,6 +135,13 @@ def is_steady(code: str, last: Execution) -> bool:
             return False
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSTEADY:
             return False
-        if isinstance(node, ast.Name) and node.id in UNSTEADY_NAMES:
+        if _name(node) in UNSTEADY_NAMES:
+            return False
+        if isinstance(node, ast.Call) and _name(node.func) in SEEDS and not node.args and not node.keywords:
             return False
     return True
+
+
+def _name(node: ast.AST) -> str | None:
+    """The last part of a name: of random.seed, seed."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
