@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
         --quick) NAME=demo-quick ROUNDS=2 HELD_OUT=22 TEXTS=640 SOLUTIONS=1280 TIRGEN=100 PROBLEMS=8 ;;
         --hard) NAME=demo-hard SLOPPY=0.65 ROUNDS=12 HARD=1 ;;
         --thinking) FLAGS=(--thinking) STYLE=(--style chat --thinking --instruction "" --threads 1) ;;
-        --seed) SEED=$2; shift ;;
+        --seed) [ $# -gt 1 ] || fail "--seed needs a number"; SEED=$2; shift ;;
         *) fail "$1 is not an option of this script; there are --quick, --hard, --thinking and --seed N" ;;
     esac
     shift

@@ -33,6 +33,7 @@ def test_problems_keep_their_order_and_their_extra_fields(tmp_path):
 @pytest.mark.parametrize("bad, message", [
     ("{", "line 2: not JSON"),
     ("[1]", "line 2: a JSON object"),
+    ('{"id": "b", "question": "x\\uD800", "answer": "2"}', "line 2: half of a surrogate pair"),
     ({"id": "b", "answer": "2"}, "line 2: a problem needs a non-empty string 'question'"),
     ({"id": 3, "question": "x", "answer": "2"}, "line 2: a problem needs a non-empty string 'id'"),
     ({"id": "b", "question": "x", "answer": 2}, "line 2: 'answer' must be"),

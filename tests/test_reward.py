@@ -167,7 +167,7 @@ def test_workers_die_with_the_process_that_asks():
     assert Path(f"/proc/{worker}").exists()
     process.kill()
     process.communicate()
-    for _ in range(200):
+    for _ in range(2000):
         if not Path(f"/proc/{worker}").exists() or "(zombie)" in Path(f"/proc/{worker}/status").read_text():
             return
         time.sleep(0.05)

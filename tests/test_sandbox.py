@@ -14,7 +14,7 @@ import pytest
 from thor.sandbox import LocalSandbox, open_sandbox
 from thor.trajectory import OUTCOMES, Execution
 
-SMALL = dict(num_workers=4, wall_seconds=6.0, cpu_seconds=1.0, memory_mb=256, output_bytes=4096)
+SMALL = dict(num_workers=4, wall_seconds=60.0, cpu_seconds=1.0, memory_mb=256, output_bytes=4096)
 
 
 def run_all(*codes: str, **limits) -> list[Execution]:
@@ -69,7 +69,7 @@ CASES = {
 def executions() -> dict[str, Execution]:
     """All cases at once, hostile and honest together, each honest one surrounded by trouble."""
     codes = list(CASES) + ["import os\nwhile True: os.fork()"] + ["print(sum(range(1000)))"] * 40
-    return dict(zip(list(CASES) + ["fork bomb"] + list(range(40)), run_all(*codes, wall_seconds=60.0), strict=True))
+    return dict(zip(list(CASES) + ["fork bomb"] + list(range(40)), run_all(*codes), strict=True))
 
 
 @pytest.mark.parametrize("code", CASES)
@@ -93,7 +93,7 @@ def test_a_fork_bomb_is_the_policys_own_failure(executions):
 
 def test_sandbox_limits_that_decide_an_outcome_are_cpu_time_and_memory_wall_clock_is_a_generous_backstop():
     """Sleeping costs no CPU and passes beyond the CPU limit; past the wall-clock limit it is a time-out."""
-    [slept] = run_all("import time\ntime.sleep(1.6)\nprint(1)", wall_seconds=60.0)
+    [slept] = run_all("import time\ntime.sleep(1.6)\nprint(1)")
     [stuck] = run_all("import time\ntime.sleep(99)", wall_seconds=3.0)
     assert slept.outcome == "ok" and (stuck.outcome, stuck.error) == ("timeout", "TimeoutError: exceeded 3 s")
 
@@ -127,7 +127,7 @@ LIKE_PYTHON = [
 @pytest.fixture(scope="module", params=["best", "basic"])
 def likenesses(request) -> dict[str, Execution]:
     """The snippets of LIKE_PYTHON in the sandbox, with namespaces and without."""
-    executions = run_all(*LIKE_PYTHON, cpu_seconds=5.0, wall_seconds=20.0, isolation=request.param)
+    executions = run_all(*LIKE_PYTHON, cpu_seconds=5.0, isolation=request.param)
     return dict(zip(LIKE_PYTHON, executions, strict=True))
 
 
@@ -191,7 +191,7 @@ def test_code_sees_no_descriptor_of_the_harness_however_many_there_are(tmp_path,
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     async def run() -> Execution:
-        async with LocalSandbox(**{**SMALL, "num_workers": 70, "wall_seconds": 60.0}) as sandbox:
+        async with LocalSandbox(**{**SMALL, "num_workers": 70}) as sandbox:
             before = len(processes_naming(tmp_path))
             others = [asyncio.create_task(sandbox.run("import time\ntime.sleep(99)")) for _ in range(69)]
             while len(processes_naming(tmp_path)) < before + 69:
@@ -251,7 +251,7 @@ def test_closing_the_sandbox_ends_what_runs(tmp_path, monkeypatch):
 
 def test_a_grandchild_that_keeps_stdout_open_does_not_stall_the_result():
     code = "import os, time\nif os.fork() == 0:\n    time.sleep(99)\nprint(7)"
-    [execution] = run_all(code, wall_seconds=60.0)
+    [execution] = run_all(code)
     assert execution.outcome == "ok" and execution.seconds < 60
 
 
@@ -262,7 +262,7 @@ LATE_FLOOD = "import fcntl, os\nfcntl.fcntl(1, 1031, 1 << 20)\nos.write(1, b'x' 
 def test_output_past_the_limit_that_is_read_after_the_end_is_output_limit_and_the_parent_lives(isolation):
     """A pipe made large enough holds all of it, so its writer is gone when most of it is read."""
     async def run() -> tuple[list[Execution], bool]:
-        async with LocalSandbox(**{**SMALL, "wall_seconds": 60.0, "output_bytes": 65536}, isolation=isolation) as sandbox:
+        async with LocalSandbox(**{**SMALL, "output_bytes": 65536}, isolation=isolation) as sandbox:
             first = sandbox.pid
             executions = await asyncio.gather(*[sandbox.run(LATE_FLOOD) for _ in range(40)])
             return executions, sandbox.pid == first
@@ -274,10 +274,10 @@ def test_output_past_the_limit_that_is_read_after_the_end_is_output_limit_and_th
 def test_a_trainer_busy_with_a_step_neither_delays_nor_distorts_a_run():
     """It takes no result for longer than the wall-clock limit, and there are more of them than a socket holds."""
     async def run() -> list[Execution]:
-        async with LocalSandbox(**{**SMALL, "output_bytes": 1 << 20}) as sandbox:
+        async with LocalSandbox(**{**SMALL, "wall_seconds": 6.0, "output_bytes": 1 << 20}) as sandbox:
             running = [asyncio.create_task(sandbox.run("print('x' * 300_000)")) for _ in range(12)]
             await asyncio.sleep(0.05)
-            time.sleep(SMALL["wall_seconds"] + 0.5)
+            time.sleep(6.5)
             return list(await asyncio.gather(*running))
 
     assert all(execution.passed and len(execution.stdout) == 300_001 for execution in asyncio.run(run()))

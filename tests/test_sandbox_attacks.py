@@ -20,7 +20,7 @@ import pytest
 from thor.sandbox import LocalSandbox
 from thor.trajectory import Execution
 
-LIMITS = dict(num_workers=4, wall_seconds=8.0, cpu_seconds=1.0, memory_mb=256, output_bytes=65536)
+LIMITS = dict(num_workers=4, wall_seconds=20.0, cpu_seconds=1.0, memory_mb=256, output_bytes=65536)
 SECRET = "a-key-of-the-trainer-7f3a"
 FULL = "No space left on device True\n"
 

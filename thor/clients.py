@@ -104,7 +104,6 @@ class ClientOptions:
     dtype: str = "float32"
     slots: int = 16  # sequences in memory at once; the rest wait
     context: int = 4096  # tokens of prompt and completion together, at most the model's own
-    exact: bool = True
 
     tokenizer: str | None = None
     model_name: str | None = None  # None: the first that the server lists
@@ -134,7 +133,7 @@ class EngineClient:
         model = load_model(directory, DTYPES[options.dtype], options.device)
         context = min(options.context, model.config.max_context)
         stops = stop_ids(self.template.tokenizer, directory)
-        self.engine = make_engine(model, stops, options.slots, context, exact=options.exact)
+        self.engine = make_engine(model, stops, options.slots, context)
 
     async def __aenter__(self) -> "EngineClient":
         return self

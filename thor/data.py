@@ -56,8 +56,12 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         where, empty = f"{path}, line {number}", False
         try:
             record = json.loads(line)
+            if "\\ud" in line.lower():
+                json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair, which is no text") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a JSON object is expected")
         yield where, record
