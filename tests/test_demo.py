@@ -22,7 +22,8 @@ def test_the_quick_demo_runs_every_stage_and_prints_the_table():
     assert done.stdout.count("| T5 = T3 + hierarchical RL |") == 2 and (ROOT / "out/demo-quick/curves.png").is_file()
 
 
-@pytest.mark.parametrize("option, sentence", [("--nonsense", "--nonsense is not an option"), ("--seed", "--seed needs a number")])
+@pytest.mark.parametrize("option, sentence", [("--nonsense", "--nonsense is not an option"),
+                                              ("--seed", "--seed needs a number")])
 def test_an_unknown_option_or_one_without_its_value_is_one_sentence_and_exit_code_2(option, sentence):
     done = subprocess.run(["bash", "runs/demo.sh", option], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and sentence in done.stderr

@@ -547,8 +547,8 @@ def test_a_run_that_is_interrupted_does_not_wait_for_its_servers(world, tmp_path
     with Stub(lambda number, body: Reply(b"", seconds=3600.0)) as stub:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "tirgen.py"), "--actor", stub.url, "--critic", stub.url, "--actor_tokenizer",
-             str(world / "model"), "--problems", str(world / "problems.jsonl"), "--out", str(tmp_path / "out"), "--style",
-             "base", "--timeout", "3600"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+             str(world / "model"), "--problems", str(world / "problems.jsonl"), "--out", str(tmp_path / "out"),
+             "--style", "base", "--timeout", "3600"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while not stub.posts and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -116,8 +116,9 @@ def read_answer(answer: requests.Response, run_seconds: float, output_bytes: int
         status, result = body["status"], body["run_result"]
         if status == "SandboxError" or result is None or result["status"] == "Error":
             return Execution("infrastructure", "", f"the service failed: {body.get('message')!r}"[:EXCERPT], 0.0)
-        seconds, stdout, stderr = float(result.get("execution_time") or 0), result["stdout"] or "", result["stderr"] or ""
-        code, timed_out = result["return_code"], result["status"] == "TimeLimitExceeded"
+        stdout, stderr = result["stdout"] or "", result["stderr"] or ""
+        seconds, code = float(result.get("execution_time") or 0), result["return_code"]
+        timed_out = result["status"] == "TimeLimitExceeded"
         kept = isinstance(stdout, str) and isinstance(stderr, str) and abs(seconds) < float("inf")
         if not kept or status not in ("Success", "Failed") or not timed_out and (
                 result["status"] != "Finished" or not isinstance(code, int)):
