@@ -85,7 +85,7 @@ FAULTS = {
         ("share(surrogates, chosen, num_chosen)", "share(surrogates, chosen, len(tokens.sequence[chosen].unique()))")],
         "step_grpo"),
     "normaliser: each pack by its own tokens": ("train_rl.py", [
-        ("(logprobs, known, counts,", "(logprobs, known, count_tokens(known),")], "trajectory_grpo"),
+        ("count_tokens(known) if pack_means else counts", "count_tokens(known)")], "trajectory_grpo"),
     "clip: low and high swapped": ("thor/grpo.py", [
         ("clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)")], "step_grpo"),
     "clip: on the wrong side": ("thor/grpo.py", [("s = torch.minimum(", "s = torch.maximum(")], "step_grpo"),
@@ -299,7 +299,8 @@ def test_the_exit_code_is_0_where_all_agrees_1_where_not_and_2_without_a_dump(fa
 
 @pytest.mark.parametrize(("name", "broken"), [
     ("samples.jsonl", ""), ("samples.jsonl", "{"), ("samples.jsonl", "[]\n"), ("settings.json", "{}\n"),
-    ("settings.json", "[]\n"), ("trajectories.jsonl", '{"id": 1}\n')])
+    ("settings.json", "[]\n"), ("trajectories.jsonl", '{"id": 1}\n'), ("updates.jsonl", '{"update": 0}\n'),
+    ("settings.json", '{"round": 1, "options": {}}\n')])
 def test_a_dump_that_is_not_whole_gets_one_sentence_and_exit_code_2(faulty, tmp_path, name, broken):
     copy = shutil.copytree(faulty["none"] / "dump" / "round_000001", tmp_path / "round")
     (copy / name).write_text(broken)

@@ -126,8 +126,11 @@ def audit(directory: Path) -> bool:
     kept: dict[int, list[Item]] = {}  # by round, what it left for the next one
     good = True
     for place in rounds:
-        dump = read_round(place, kept)
-        findings = audit_round(dump, kept.get(dump.number - 1, []))
+        try:
+            dump = read_round(place, kept)
+            findings = audit_round(dump, kept.get(dump.number - 1, []))
+        except (ValueError, SafetensorError, LookupError, TypeError) as error:  # a field is missing, or is no number
+            raise ValueError(f"{place} is not a whole dump of this version: {error!r}") from None
         kept[dump.number] = [item for item in dump.items if item.logged["kept_for_later"]]
         report(dump, findings)
         good = good and not findings.first
@@ -135,25 +138,20 @@ def audit(directory: Path) -> bool:
 
 
 def read_round(directory: Path, kept: dict[int, list[Item]]) -> Round:
-    """A dumped round; a carried sample's trajectory is in the round before, if that was read. ValueError if broken."""
+    """A dumped round; a carried sample's trajectory is in the round before, if that was read."""
     def lines(name: str) -> list[str]:
         return (directory / name).read_text(encoding="utf-8").split("\n")[:-1]
 
-    try:
-        settings, metrics = (json.loads(lines(name)[0]) for name in ("settings.json", "metrics.json"))
-        rows, updates = ([json.loads(line) for line in lines(name)] for name in ("samples.jsonl", "updates.jsonl"))
-        records = {level: [from_json(line) for line in lines(name)] for level, name in LEVELS.items()}
-        columns = load_file(directory / "tokens.safetensors")
-        number, options = settings["round"], settings["options"]
-    except (ValueError, SafetensorError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory} is not a whole dump: {error!r}") from None
+    settings, metrics = (json.loads(lines(name)[0]) for name in ("settings.json", "metrics.json"))
+    rows, updates = ([json.loads(line) for line in lines(name)] for name in ("samples.jsonl", "updates.jsonl"))
+    records = {level: [from_json(line) for line in lines(name)] for level, name in LEVELS.items()}
+    columns = load_file(directory / "tokens.safetensors")
+    number, options = settings["round"], settings["options"]
     if missing := sorted({"token", "position", "sampled", "old", "new"} - columns.keys()):
-        raise ValueError(f"{directory}: tokens.safetensors has no {', '.join(missing)}")
-    if not all(isinstance(row, dict) and "line" in row for row in rows):
-        raise ValueError(f"{directory}: samples.jsonl holds something else than samples")
+        raise ValueError(f"tokens.safetensors has no {', '.join(missing)}")
     listed = [(row["level"], row["line"]) for row in rows if not row["carried"]]
     if listed != [(level, line) for level in LEVELS for line in range(len(records[level]))]:
-        raise ValueError(f"{directory}: samples.jsonl does not list the trajectories and the branches one by one")
+        raise ValueError("samples.jsonl does not list the trajectories and the branches one by one")
     before = iter(kept.get(number - 1, []))
     items = [Item(row, records[row["level"]][row["line"]]) if not row["carried"] else
              Item(row, getattr(next(before, None), "record", None)) for row in rows]
