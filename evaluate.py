@@ -119,8 +119,9 @@ def evaluate_code(options: EvaluateOptions, out: Path) -> None:
     trajectories = [trajectory for group in groups for trajectory in group]
     verdicts = judge_responses(problems, trajectories, judge)
     beside = out.with_name(out.stem + ".verdicts.jsonl")
-    beside.write_text("".join(json.dumps({"id": t.id, "sample": t.sample} | asdict(verdict), ensure_ascii=False) + "\n"
-                              for t, verdict in zip(trajectories, verdicts, strict=True)))
+    beside.write_text("".join(  # in ASCII: a candidate's message may hold what UTF-8 cannot write
+        json.dumps({"id": t.id, "sample": t.sample} | asdict(verdict)) + "\n"
+        for t, verdict in zip(trajectories, verdicts, strict=True)))
     broken = {t.id for t, verdict in zip(trajectories, verdicts, strict=True) if verdict.kind == BROKEN}
     groups = [group for group in groups if group[0].id not in broken]
     if not groups:

@@ -55,6 +55,14 @@ def test_a_file_of_responses_is_graded_by_the_tests(tmp_path, capsys):
     assert "1 problems left out" in capsys.readouterr().out
 
 
+def test_a_message_that_utf_8_cannot_write_ends_no_evaluation(tmp_path):
+    text = "```python\ndef pairs(*_):\n    raise ValueError('\\ud800')\n```\n"
+    responses = write(tmp_path / "r.jsonl", [to_json(response("mbpp/9001", 0, text))])
+    benchmark = write(tmp_path / "b.jsonl", [json.dumps(MBPP)])
+    command("--responses", responses, "--benchmark", benchmark, "--out", str(tmp_path / "scores.json"))
+    assert json.loads((tmp_path / "scores.verdicts.jsonl").read_text())["detail"] == "ValueError: \ud800"
+
+
 def rows_of(place, record: dict, question: str) -> str:
     """The JSON of an evaluation of six right responses to six copies of the record, which was put in these words."""
     place.mkdir()
