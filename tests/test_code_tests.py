@@ -72,6 +72,8 @@ CHEATS = {
     "every line is traced": (
         "import sys\nsys.settrace(lambda frame, event, arg: frame.f_locals.update(passed=True))\n" + DEF + "return 2",
         "exited" if sys.version_info >= (3, 13) else "wrong_answer"),  # from 3.13 on it changes real variables: its own
+    "an answer of no known kind": (
+        "import os\nos.write(3, b'{\"kind\": \"passed\"}\\n')\nos._exit(0)", "wrong_answer"),
     "an answer of the wrong shape": (
         "import os\nos.write(3, b'{}\\n{\"returned\": {\"set\": [{\"list\": []}]}}\\n')\nos._exit(0)", "wrong_answer"),
     "an answer that is nested too deeply": (

@@ -18,6 +18,7 @@ from typing import TextIO
 Data = None | bool | int | float | str | dict  # what JSON carries
 
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+ENDED = {"missing": "missing_function", "syntax": "syntax_error", "exited": "exited"}  # an answer's kind -> the verdict
 SHOWN = 200  # characters of a message that are kept
 
 
@@ -202,10 +203,11 @@ class Line:
             if kind == "returned":
                 return decode(content)
             words = content if isinstance(content, str) else ": ".join(map(str, content))
+            ended = None if kind == "raised" else ENDED[kind]
         except Exception:  # not JSON, or not such JSON as `answer` writes
             self.stop("wrong_answer", "its answer cannot be read")
-        if kind != "raised":
-            self.stop({"missing": "missing_function", "syntax": "syntax_error"}.get(kind, "exited"), words)
+        if ended is not None:
+            self.stop(ended, words)
         if content[0] == "MemoryError":
             self.stop("memory", words)
         self.raised = exception(*map(str, content[:2]))
