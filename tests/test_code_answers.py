@@ -87,6 +87,11 @@ def test_one_newline_lies_between_a_beginning_and_what_follows():
     assert completed("def f():\n    '''d'''\n\n", "    return 1") == "def f():\n    '''d'''\n    return 1"
 
 
+def test_a_line_separator_in_a_string_ends_no_line_of_code():
+    begun = "def f():\n    '''d'''\n"
+    assert completed(begun, "    return 'a\u2028b'\nprint(f())\n") == begun + "    return 'a\u2028b'\n"
+
+
 @pytest.mark.parametrize("style, rounds, name, instruction", [
     ("chat", 10, "humaneval+", INSTRUCTION), ("base", 10, "humaneval+", INSTRUCTION), ("chat", 0, "humaneval+", TEXT_INSTRUCTION),
     ("base", 0, "humaneval+", QUESTION), ("base", 0, "mbpp", QUESTION), ("base", 0, "livecodebench-stdin", TEXT_INSTRUCTION)])

@@ -6,6 +6,7 @@ reasoning model's block counts after </think> only. A base model that was given 
 and its answer is that beginning with its lines, up to where something else begins.
 """
 
+import io
 import re
 
 from thor.code_benchmarks import CodeProblem
@@ -79,7 +80,7 @@ def completed(beginning: str, text: str) -> str:
     """
     inside = beginning.rstrip().rpartition("\n")[2].startswith((" ", "\t"))
     kept = []
-    for line in text.splitlines(keepends=True):
+    for line in io.StringIO(text):  # str.splitlines would also cut at a form feed or at U+2028, inside a string
         if line.strip() and (not line[0].isspace() if inside else line.startswith(AFTER_FUNCTIONS)):
             break
         kept.append(line)

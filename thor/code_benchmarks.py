@@ -53,7 +53,7 @@ def humaneval(record: dict, where: str) -> CodeProblem:
     prompt, entry = record["prompt"], record["entry_point"]
     solution = prompt + record["canonical_solution"]
     suite = Suite(solution, f"{record['test']}\ncheck({entry})\n", ((entry, entry),), solution)
-    head = re.search(rf"^def {entry}\(", prompt, re.MULTILINE)
+    head = re.search(rf"^def {re.escape(entry)}\(", prompt, re.MULTILINE)
     if head is None:
         raise ValueError(f"{where}: the prompt does not begin the function {entry!r} that its tests call")
     task = f"Complete this Python function:\n\n```python\n{prompt.rstrip()}\n```"
@@ -213,6 +213,8 @@ def problems(records: Iterable[tuple[str, dict]]) -> list[CodeProblem]:
             problem = convert(record, where)
         except (TypeError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(f"{where}: not a problem of {name}: {error!r}") from None
+        if not isinstance(problem.id, str):
+            raise ValueError(f"{where}: its id is {problem.id!r}; it must be a string")
         if problem.id in found:
             raise ValueError(f"{where}: the id {problem.id!r} has been seen before")
         found[problem.id] = problem
