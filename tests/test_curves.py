@@ -4,6 +4,7 @@ import json
 import random
 import struct
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -180,12 +181,15 @@ def test_the_script_evaluates_each_number_of_retries_and_does_nothing_twice(tiny
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "SEED"],
      "differ in more than max_corrections: seed"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "OTHER"], "has other problems than"),
+    (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "TESTS"], "has other problems than"),
     (["--curve", "corrections", "--out", "DIR", "--results", "ZERO", "UNKNOWN"], "does not say its max_corrections"),
 ])
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, arguments, message, capsys):
     made = {"ZERO": corrected(0, [1], 1), "HOT": corrected(1, [1], 1, temperature=0.6),
             "SEED": corrected(1, [1], 1, seed=3),
             "OTHER": corrected(1, [1], 1, question="x"), "UNKNOWN": corrected(None, [1], 1)}
+    row = replace(made["ZERO"].rows["q"], tests="of another benchmark")
+    made["TESTS"] = replace(corrected(1, [1], 1), rows={"q": row})
     places = {name: write(tmp_path / f"{name}.json", result) for name, result in made.items()}
     with pytest.raises(SystemExit) as ended:
         call(*(places.get(argument, argument.replace("DIR", str(tmp_path))) for argument in arguments))
