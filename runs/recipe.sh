@@ -5,14 +5,18 @@
 NODES=1 GPUS=${GPUS:-8} PRINT=
 while [ $# -gt 0 ]; do
     case $1 in
-        --nodes) NODES=$2; shift ;;
-        --gpus) GPUS=$2; shift ;;
+        --nodes) NODES=${2:-}; [ $# = 1 ] || shift ;;
+        --gpus) GPUS=${2:-}; [ $# = 1 ] || shift ;;
         --print) PRINT=1 ;;
         *) echo "error: $1 is not an option of this script; there are --nodes N, --gpus N and --print" >&2; exit 2 ;;
     esac
     shift
 done
 NODE=${NODE:-0} MASTER=${MASTER:-localhost:29500}
+if ! [[ "$NODES $GPUS $NODE" =~ ^[1-9][0-9]*\ [1-9][0-9]*\ [0-9]+$ ]] || [ "$NODE" -ge "$NODES" ]; then
+    echo "error: --nodes is '$NODES', --gpus '$GPUS' and NODE '$NODE'; nodes and gpus must be 1 or more, NODE below nodes" >&2
+    exit 2
+fi
 if [ -z "$PRINT" ]; then
     if [ -z "${PROBLEMS:-}" ] || [ -z "${CRITIC:-}" ]; then
         echo "error: set PROBLEMS to a file of training problems (JSON lines with id, question and answer) and CRITIC to the" \

@@ -266,6 +266,23 @@ def test_what_makes_no_sense_is_one_sentence_and_exit_code_2(argv, complaint, ca
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("change", "complaint"), [
+    (["--updates", "0"], "updates is 0; it must be above 0"), (["--mfu", "nan"], "mfu is nan; it must be above 0"),
+    (["--device", "A100"], "device is 'A100'; it must be one of H100, H200")])
+def test_an_assumption_that_makes_no_sense_is_one_sentence_and_exit_code_2(change, complaint, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        config.run(plan_round.show, RoundOptions, "", ["--model", "Qwen3-8B", *change])
+    assert exit_info.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--nodes"], ["--nodes", "x"], ["--gpus", "0"], ["--nodes", "2", "--gpus"]])
+def test_a_number_of_machines_or_gpus_that_is_none_is_one_sentence_and_exit_code_2(arguments):
+    done = subprocess.run(["bash", ROOT / "runs" / "qwen3-8b.sh", "--print", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "must be 1 or more" in done.stderr
+
+
 RECIPES = ["qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen3-8b"]
 OPTIONS = {"tirgen.py": TirgenOptions, "train_sft.py": SftOptions, "train_rl.py": TrainOptions,
            "evaluate.py": EvaluateOptions}

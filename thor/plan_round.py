@@ -53,6 +53,13 @@ class RoundOptions:
     code_blocks: float = option(2.0, "executions of a trajectory; a branch has one")
     execution_ms: float = option(13.5, "CPU time of an execution (docs/results.md: 10 to 17 ms)")
 
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; it must be one of {', '.join(DEVICES)}")
+        for name, value in vars(self).items():
+            if name not in ("model", "device") and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
 
 def decode_step(shape: ModelConfig, options: RoundOptions, batch: int, context: float) -> float:
     """Seconds in which each of `batch` sequences gets a token: weights and keys and values are read once."""
@@ -150,8 +157,6 @@ def columns(shape: ModelConfig, options: RoundOptions, gpus: int) -> dict[str, f
 
 def show(options: RoundOptions) -> None:
     """Print the table for 8 to 1,024 GPUs."""
-    if options.device not in DEVICES:
-        raise ValueError(f"device is {options.device!r}; it must be one of {', '.join(DEVICES)}")
     shape, numbers = find_shape(options.model), (1, 8, 32, 64, 256, 1024)
     table = [columns(shape, options, gpus) for gpus in numbers]
     head = " | ".join(f"{gpus:,} GPUs" for gpus in numbers)
