@@ -1,4 +1,4 @@
-// Reads the page as a person would, view after view, and leaves what it saw in the document: see tests/test_report.py.
+// Reads the page as a person would, view after view, and says on the console what it saw: see tests/test_report.py.
 "use strict";
 const seen = {errors: [], views: {}, weights: {}, focus: []};
 addEventListener("error", event => seen.errors.push(event.message));
@@ -56,7 +56,7 @@ function look() {
   const tokens = [...document.querySelectorAll("#text .tok[data-s]")].map(element => ({
     s: Number(element.dataset.s), k: Number(element.dataset.k), classes: element.className.split(" ").slice(1),
     v: Number(element.style.getPropertyValue("--v")), text: element.textContent,
-    ground: getComputedStyle(element).backgroundColor, mono: getComputedStyle(element).fontFamily.includes("mono")}));
+    ground: getComputedStyle(element).backgroundColor, bidi: getComputedStyle(element).unicodeBidi, mono: getComputedStyle(element).fontFamily.includes("mono")}));
   const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
   const dropped = [...document.querySelectorAll("details.dropped")].map(one => [one.open, one.textContent]);
   return {
@@ -125,9 +125,9 @@ async function walk() {
 
 async function leave() {
   await walk().catch(error => seen.errors.push(`${error} ${error.stack}`));
-  const left = document.body.appendChild(document.createElement("pre"));
-  left.id = "seen";
-  left.textContent = JSON.stringify(seen);
+  const ascii = JSON.stringify(seen).replace(/[^ -~]/g, char => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  const pieces = btoa(ascii).match(/.{1,4096}/g);
+  for (const [place, piece] of pieces.entries()) console.log(`seen:${pieces.length - 1 - place}:${piece}`);
 }
 
 addEventListener("DOMContentLoaded", leave);

@@ -3,13 +3,14 @@
 import base64
 import gzip
 import hashlib
-import html
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def test_a_line_separator_that_a_model_wrote_ends_no_line_of_a_dump(run, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("samples.jsonl", b"{}\n"), ("tokens.safetensors", b"x"), ("settings.json", b"{"),
+    ("samples.jsonl", b"{}\n"), ("samples.jsonl", b'{"line": null, "level": "step"}\n'), ("tokens.safetensors", b"x"), ("settings.json", b"{"),
     ("trajectories.jsonl", b'{"id": 1}\n'), ("updates.jsonl", b"[]\n")])
 def test_a_broken_dump_is_a_value_error_that_names_it(run, tmp_path, name, content):
     broken = tmp_path / "round_000002"
@@ -251,20 +252,27 @@ def browse(page: str, directory: Path, fragment: str, dark: bool) -> dict:
     scripts = f'<script id="plan" type="application/json">{plan}</script><script>{probe}</script>'
     page = page.replace("</head>", f"{scripts}</head>", 1)
     (directory / "page.html").write_text(page, encoding="utf-8")
-    for attempt in range(3):  # its virtual time may run out before a busy machine has unpacked the page
-        done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,800",
-             f"--user-data-dir={directory / f'profile{attempt}'}", "--enable-logging=stderr",
-             "--virtual-time-budget=60000", "--dump-dom",
-             "--disable-ipc-flooding-protection",  # which would slow down so many changes of the hash
-             *(["--force-dark-mode"] if dark else []), f"file://{directory / 'page.html'}#{fragment}"],
-            capture_output=True, text=True, timeout=240)
-        if found := re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL):
-            break
-    assert found, done.stderr[-2000:]
-    seen = json.loads(html.unescape(found.group(1)))
-    seen["console"] = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return seen
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,800",
+               f"--user-data-dir={directory / 'profile'}", "--enable-logging=stderr", "--remote-debugging-port=0",
+               "--disable-ipc-flooding-protection",  # which would slow down so many changes of the hash
+               *(["--force-dark-mode"] if dark else []), f"file://{directory / 'page.html'}#{fragment}"]
+    pieces, console, said = [], [], []
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+                          start_new_session=True) as browser:
+        deadline = threading.Timer(300, os.killpg, (browser.pid, signal.SIGKILL))  # for a browser that hangs
+        deadline.start()
+        for line in browser.stderr:  # however long it takes; the page's last words are its 0th piece
+            if piece := re.search(r"seen:(\d+):([A-Za-z0-9+/=]*)", line):
+                pieces.append(piece.group(2))
+                if piece.group(1) == "0":
+                    break
+            else:
+                said.append(line)
+                console += [line] * ("CONSOLE" in line)
+        deadline.cancel()
+        os.killpg(browser.pid, signal.SIGKILL)
+    assert pieces, "".join(said)[-2000:]
+    return json.loads(base64.b64decode("".join(pieces))) | {"console": console}
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +406,16 @@ def test_text_that_looks_like_markup_stays_text(light):
     seen = view(light, "group=1&sample=0&colour=ratio")
     assert NASTY in "".join(token["text"] for token in seen["tokens"]).replace("⏎", "")
     assert seen["images"] == 0
+
+
+def test_a_mark_that_turns_the_direction_of_text_turns_no_other_token(light):
+    assert {token["bidi"] for seen in light["views"].values() for token in seen["tokens"]} == {"isolate"}
+
+
+def test_a_run_that_was_killed_before_its_first_line_of_metrics_has_a_page(run, tmp_path):
+    killed = shutil.copytree(run, tmp_path / "run")
+    (killed / "metrics.jsonl").write_text("")
+    assert [line["step"] for line in report.read_dump(report.find_dump(killed, None)).metrics] == [2]
 
 
 def oracle(dump: report.Dump, changes: dict) -> dict[tuple[int, int], float]:

@@ -33,6 +33,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 CHUNK_TOKENS = 60_000  # response tokens of a chunk, above which it takes no further group
 LOGPROB_BITS, SMALL_BITS = 14, 11  # bits of the mantissa: four digits of a log-prob, three of a difference or entropy
 NUMBERS = ("token", "position", "sampled", "old", "new")  # of every trained token; entropy and reference may be there
+FACTS = ("level", "line", "group", "reward", "removed", "advantage", "carried", "kept_for_later", "update", "parent",
+         "fork", "first", "count")  # of every sample
 
 Line = dict[str, object]
 
@@ -66,6 +68,8 @@ class Dump:
 def find_dump(directory: Path, number: int | None) -> Path:
     """The directory of a round: `directory` itself, else in that run the dump of round `number`, or the last one."""
     if (directory / "samples.jsonl").is_file():
+        if number is not None:
+            raise ValueError(f"{directory} is one round already; --round chooses among those of a run")
         return directory
     found = sorted((directory / "dump").glob("round_*"))
     if not found:
@@ -83,8 +87,9 @@ def read_dump(directory: Path) -> Dump:
         settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
         files = {level: _lines(directory / name) for level, name in
                  (("trajectory", "trajectories.jsonl"), ("step", "branches.jsonl"))}
-        samples = [line | {"sequence": None if line["line"] is None else files[line["level"]][line["line"]]}
-                   for line in _records(directory / "samples.jsonl")]
+        samples = [{name: line[name] for name in FACTS} | {
+            "sequence": None if line["line"] is None else files[line["level"]][line["line"]]}
+            for line in _records(directory / "samples.jsonl")]
         tokens = load_file(directory / "tokens.safetensors")
         missing = [name for name in NUMBERS if name not in tokens]
         if missing:
@@ -93,9 +98,11 @@ def read_dump(directory: Path) -> Dump:
         metrics = [json.loads((directory / "metrics.json").read_text(encoding="utf-8"))]
     except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{directory} is not the dump of a round: {error!r}") from None
-    run = directory.parent.parent
-    return Dump(directory, settings, samples, tokens, updates,
-                read_metrics(run) if (run / "metrics.jsonl").is_file() else metrics)
+    try:
+        metrics = read_metrics(directory.resolve().parent.parent)
+    except ValueError:  # no run around it, or one that was killed before its first line: the round's own line is known
+        pass
+    return Dump(directory, settings, samples, tokens, updates, metrics)
 
 
 def _records(path: Path) -> list[Line]:
