@@ -4,7 +4,7 @@
 
 Rewards, filters, advantages, masks, losses and the metrics that follow come from thor/audit_equations.py, which shares
 nothing with the trainer, and are compared with what the trainer logged. Invariant: a difference never passes silently;
-docs/audit.md says what is taken on trust. Exit codes: 0 all agree, 1 something does not, 2 there is no dump.
+docs/audit.md says what is taken on trust. Exit codes: 0 all agree, 1 something does not, 2 no whole dump.
 """
 
 import json
