@@ -173,4 +173,5 @@ def by_problem(out: Path, temperature: str, model: str, corrections: int) -> dic
 
 
 if __name__ == "__main__":
-    config.run(main, Options, __doc__, ["--out", *sys.argv[1:]] if len(sys.argv) == 2 else None)
+    config.run(main, Options, __doc__,
+               ["--out", *sys.argv[1:]] if len(sys.argv) == 2 and sys.argv[1][:1] != "-" else None)

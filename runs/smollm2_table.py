@@ -54,4 +54,5 @@ def table(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, Options, __doc__, ["--out", *sys.argv[1:]] if len(sys.argv) == 2 else None)
+    config.run(main, Options, __doc__,
+               ["--out", *sys.argv[1:]] if len(sys.argv) == 2 and sys.argv[1][:1] != "-" else None)

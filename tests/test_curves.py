@@ -59,7 +59,7 @@ def slow_best_of(group: list[Trajectory], classes: list[int | None], n: int) -> 
 
 @pytest.mark.parametrize("n", range(1, 7))
 def test_each_point_is_what_counting_every_subset_gives(groups, result, n):
-    point = best_of_n(result, [n])[0]
+    point = best_of_n(result)[n - 1]
     maj = [evaluate.majority_at_k(group, classes, n) for group, classes in groups]
     best = [np.mean([group[i].correct for i in slow_best_of(group, classes, n)]) for group, classes in groups]
     oracle = [np.mean([any(group[i].correct for i in s) for s in combinations(range(6), n)]) for group, _ in groups]
@@ -76,7 +76,7 @@ def test_the_pass_rate_is_that_of_the_sample_that_best_of_chooses(groups, result
 
     expected = np.mean([np.mean([rate(group[i]) for i in slow_best_of(group, classes, 3)])
                         for group, classes in groups])
-    assert best_of_n(result, [3])[0].pass_rate["value"] == pytest.approx(expected)
+    assert best_of_n(result)[2].pass_rate["value"] == pytest.approx(expected)
 
 
 def test_one_sample_leaves_nothing_to_choose_and_all_of_them_are_the_evaluations_own_numbers(groups, result):
@@ -102,7 +102,7 @@ def test_majority_over_many_samples_is_that_of_the_evaluation():
 
 def test_answers_without_classes_have_no_majority():
     row = Row("q", [1, 0], None, [1, 1], [1, 0], [3, 4])
-    point = best_of_n(Result(Path("a"), {}, {"q": row}), [2])[0]
+    point = best_of_n(Result(Path("a"), {}, {"q": row}))[1]
     assert point.majority is None and point.best_of["value"] == 1.0 and "–" in curves.best_of_n_table([point])
 
 

@@ -91,10 +91,10 @@ def best_of(row: Row, mask_SN: np.ndarray) -> np.ndarray:
     return first_best(mask_SN, ranks_N * (row.samples + 1) + class_sizes(row, mask_SN))
 
 
-def best_of_n(result: Result, numbers: Sequence[int] | None = None) -> list[BestOfN]:
-    """The curve over n = 1 … samples, or the `numbers` given."""
+def best_of_n(result: Result) -> list[BestOfN]:
+    """The curve over n = 1 … samples."""
     return [_best_of_n(list(result.rows.values()), n, subsets(result.samples, n))
-            for n in numbers or range(1, result.samples + 1)]
+            for n in range(1, result.samples + 1)]
 
 
 def _best_of_n(rows: list[Row], n: int, mask_SN: np.ndarray) -> BestOfN:
