@@ -75,6 +75,18 @@ def test_half_a_line_at_the_end_is_cut_off_and_whole_lines_are_kept(tmp_path, ha
     assert [t.sample for t in read_trajectories(path)] == [0, 1]
 
 
+def test_a_file_that_is_being_written_is_refused_and_left_as_it_is(tmp_path):
+    path = tmp_path / "t.jsonl"
+    with open_to_append(path) as file:
+        file.write("half a li")
+        file.flush()
+        with pytest.raises(ValueError, match="t.jsonl is being written by another process"):
+            open_to_append(path)
+        file.write("ne\n")
+    assert path.read_text() == "half a line\n"
+    open_to_append(path).close()
+
+
 def test_the_same_sample_twice_is_refused(tmp_path):
     path = tmp_path / "t.jsonl"
     with open_to_append(path) as file:

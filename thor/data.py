@@ -4,7 +4,9 @@ A file is read whole and checked line by line before anything is done with it: w
 file and line. A file that a killed run was writing may end in half a line; that half is cut off before appending.
 """
 
+import fcntl
 import gzip
+import io
 import json
 import os
 import zlib
@@ -108,15 +110,25 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
 
 
 def open_to_append(path: str | Path) -> TextIO:
-    """The file, ready for whole lines: half a line at its end, left by a killed run, is cut off first."""
+    """The file, ready for whole lines: half a line at its end, left by a killed run, is cut off first.
+
+    ValueError if it cannot be written, or another process has it open: the half line may be what that one writes now.
+    """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "ab+") as file:
-            file.truncate(_end_of_last_line(file))
-        return open(target, "a", encoding="utf-8")
+        file = open(target, "ab+")
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, or its process has ended
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path} is being written by another process; wait for it, or name another --out") from None
+    except OSError:
+        pass  # a file system without locks: nobody can be kept away
+    file.truncate(_end_of_last_line(file))
+    return io.TextIOWrapper(file, encoding="utf-8")
 
 
 def _end_of_last_line(file: BinaryIO) -> int:
