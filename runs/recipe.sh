@@ -14,7 +14,8 @@ while [ $# -gt 0 ]; do
 done
 NODE=${NODE:-0} MASTER=${MASTER:-localhost:29500}
 if ! [[ "$NODES $GPUS $NODE" =~ ^[1-9][0-9]*\ [1-9][0-9]*\ [0-9]+$ ]] || [ "$NODE" -ge "$NODES" ]; then
-    echo "error: --nodes is '$NODES', --gpus '$GPUS' and NODE '$NODE'; nodes and gpus must be 1 or more, NODE below nodes" >&2
+    echo "error: --nodes is '$NODES', --gpus '$GPUS' and NODE '$NODE'; nodes and gpus must be 1 or more," \
+        "NODE below nodes" >&2
     exit 2
 fi
 if [ -z "$PRINT" ]; then

@@ -56,7 +56,8 @@ function look() {
   const tokens = [...document.querySelectorAll("#text .tok[data-s]")].map(element => ({
     s: Number(element.dataset.s), k: Number(element.dataset.k), classes: element.className.split(" ").slice(1),
     v: Number(element.style.getPropertyValue("--v")), text: element.textContent,
-    ground: getComputedStyle(element).backgroundColor, bidi: getComputedStyle(element).unicodeBidi, mono: getComputedStyle(element).fontFamily.includes("mono")}));
+    ground: getComputedStyle(element).backgroundColor, bidi: getComputedStyle(element).unicodeBidi,
+    mono: getComputedStyle(element).fontFamily.includes("mono")}));
   const texts = selector => [...document.querySelectorAll(selector)].map(element => element.textContent);
   const dropped = [...document.querySelectorAll("details.dropped")].map(one => [one.open, one.textContent]);
   return {
@@ -125,7 +126,7 @@ async function walk() {
 
 async function leave() {
   await walk().catch(error => seen.errors.push(`${error} ${error.stack}`));
-  const ascii = JSON.stringify(seen).replace(/[^ -~]/g, char => `\\u${char.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  const ascii = JSON.stringify(seen).replace(/[^ -~]/g, one => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
   const pieces = btoa(ascii).match(/.{1,4096}/g);
   for (const [place, piece] of pieces.entries()) console.log(`seen:${pieces.length - 1 - place}:${piece}`);
 }

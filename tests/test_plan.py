@@ -278,7 +278,7 @@ def test_an_assumption_that_makes_no_sense_is_one_sentence_and_exit_code_2(chang
 
 @pytest.mark.parametrize("arguments", [["--nodes"], ["--nodes", "x"], ["--gpus", "0"], ["--nodes", "2", "--gpus"]])
 def test_a_number_of_machines_or_gpus_that_is_none_is_one_sentence_and_exit_code_2(arguments):
-    done = subprocess.run(["bash", ROOT / "runs" / "qwen3-8b.sh", "--print", *arguments], capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / "runs/qwen3-8b.sh", "--print", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "must be 1 or more" in done.stderr
 

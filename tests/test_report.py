@@ -214,7 +214,8 @@ def test_a_line_separator_that_a_model_wrote_ends_no_line_of_a_dump(run, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("samples.jsonl", b"{}\n"), ("samples.jsonl", b'{"line": null, "level": "step"}\n'), ("tokens.safetensors", b"x"), ("settings.json", b"{"),
+    ("samples.jsonl", b"{}\n"), ("samples.jsonl", b'{"line": null, "level": "step"}\n'),
+    ("tokens.safetensors", b"x"), ("settings.json", b"{"),
     ("trajectories.jsonl", b'{"id": 1}\n'), ("updates.jsonl", b"[]\n")])
 def test_a_broken_dump_is_a_value_error_that_names_it(run, tmp_path, name, content):
     broken = tmp_path / "round_000002"

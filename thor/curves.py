@@ -116,7 +116,8 @@ def corrections(results: Sequence[Result]) -> list[Corrected]:
                          f"max_corrections; got {', '.join(str(result.path) for result in ordered)}")
     base = ordered[0].rows
     for result in ordered:
-        asked, others = ({name: (row.question, row.tests) for name, row in rows.items()} for rows in (base, result.rows))
+        asked, others = ({name: (row.question, row.tests) for name, row in rows.items()}
+                         for rows in (base, result.rows))
         if asked != others:
             raise ValueError(f"{result.path} has other problems than {ordered[0].path}; a curve needs the same ones")
     return [_corrected(retries(result), [result.rows[name] for name in base], list(base.values()))
