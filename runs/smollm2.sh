@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real thing, small: SmolLM2-135M-Instruct solves GSM8K-style word problems with Python, without and with
-# self-correction. A 135M model solves few of them; the numbers are honest, not good. About 20 minutes on two cores.
+# self-correction. A 135M model solves next to none of them; the numbers are honest, not good. About 20 minutes on two cores.
 # Arguments: number of problems (60) and samples of each (2).
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
