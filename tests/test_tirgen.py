@@ -548,7 +548,9 @@ def test_a_run_that_is_interrupted_does_not_wait_for_its_servers(world, tmp_path
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "tirgen.py"), "--actor", stub.url, "--critic", stub.url, "--actor_tokenizer",
              str(world / "model"), "--problems", str(world / "problems.jsonl"), "--out", str(tmp_path / "out"),
-             "--style", "base", "--timeout", "3600"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+             "--style", "base", "--timeout", "3600"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            # a shell that starts tests in the background has them ignore Ctrl-C, and what they start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while not stub.posts and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
