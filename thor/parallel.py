@@ -157,6 +157,7 @@ def open_ranks(device: str, replicas: int = 1, *, mixed: bool = False,
                             store=dist.PrefixStore("group", store), timeout=patience)
     shape, names = ((size,), ("shards",)) if replicas == 1 else ((replicas, size // replicas), ("replicas", "shards"))
     mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    dist.all_reduce(torch.zeros(1))  # nobody who fails at once takes the store away from one that is still joining
     try:
         yield Ranks(rank, size, mesh, store)
     except Exception:
