@@ -31,7 +31,7 @@ from thor.data import Problem, open_to_append, read_problems, read_records
 from thor.reward import grade
 from thor.sampling import Sampling
 from thor.sandbox import open_sandbox
-from thor.template import INSTRUCTION, TEXT_INSTRUCTION, Template, load_template
+from thor.template import INSTRUCTION, TEXT_INSTRUCTION, load_template
 from thor.tirgen_filters import FilterSettings, Rejected, filter_tirgen, first_objection
 from thor.trajectory import Trajectory, to_json
 from thor.tries import Try

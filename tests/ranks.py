@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from thor import reward
-from thor.parallel import Ranks, open_ranks
+from thor.parallel import open_ranks
 
 DEADLINE = 240.0  # seconds for all of it, on a machine that others use, too
 PATIENCE = timedelta(seconds=120)

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from test_engine import Mirror, NO_EOS, many_turns, random_program, run
+from test_engine import NO_EOS, many_turns, random_program, run
 from test_model import some_sequences
 
 from thor.decode_step import DecodeStep, Launched, NextToken, batch_sizes

@@ -186,7 +186,7 @@ def test_a_rank_killed_under_torchrun_comes_back_and_the_metrics_are_those_of_an
 @pytest.mark.slow
 def test_a_rank_killed_in_rl_comes_back_and_the_metrics_are_the_same_whoever_sampled_what(rl_arguments, tmp_path):
     rounds = [*rl_arguments, "--rounds", "5"]
-    rl_on_two(rounds, tmp_path / "undisturbed")
+    rl_rounds(2, rounds, tmp_path / "undisturbed")
     kill_a_rank("train_rl.py", rounds, tmp_path / "killed", 2)
     assert os.readlink(tmp_path / "killed/latest") == "step_5"
     found, expected = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "undisturbed"))

@@ -328,7 +328,7 @@ def test_the_parent_and_its_snippets_end_when_the_trainer_is_killed(tmp_path):
             f"        await s.run({DAEMONS + 'time.sleep(99)'!r})\nasyncio.run(f())")
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parent.parent, env={**os.environ, "TMPDIR": str(tmp_path)})
-    parent = int(trainer.stdout.readline())
+    trainer.stdout.readline()  # its sandbox is there
     while len(processes_naming(tmp_path)) < 2 + 4:
         time.sleep(0.01)
     trainer.kill()

@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from thor.isolation import HOME, PidNamespaces, become_first_process, enter_view
-from thor.sandbox_child import (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Confinement, Limits, Newborn, Tier,
+from thor.sandbox_child import (PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, Confinement, Limits, Newborn,
                                 choose_tier, clear, plan_confinement, prctl, remove, run_child)
 from thor.sandbox_warm import warm_up
 
