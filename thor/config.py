@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from transformers import HfArgumentParser
 
 Options = TypeVar("Options")
@@ -49,6 +48,7 @@ def check_device(device: str) -> None:
     """ValueError for a --device that is none, or that torch does not find on this machine."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; it must be cpu or cuda")
+    import torch  # here: tables and comparisons read options, too, and need none
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, and torch finds no CUDA device on this machine")
 
